@@ -1,0 +1,1 @@
+"""What a checkpoint is worth: validation loss, samples, benchmarks, curves."""

@@ -1,0 +1,1 @@
+"""The way out: conversion to and from stock GPT-2."""

@@ -1,0 +1,1 @@
+"""A run: its recipe, optimizer, schedule, checkpoints, metrics and guards."""
