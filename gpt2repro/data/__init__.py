@@ -1,0 +1,1 @@
+"""From documents to batches: sources, prepare (token shards), shards (read and verify), order, loader, inspect."""
