@@ -1,0 +1,101 @@
+"""A model and its tokenizer for evaluation, and how a command of this folder ends.
+
+    model, tokenizer = load_model("runs/demo/latest")         # or "openai-community/gpt2", or any causal LM
+
+A checkpoint of this project loads through the classes of this checkout, so nobody has to trust the code that lies
+beside its weights. Foreign code runs only with `trust_remote_code=True`.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import modeling_gpt2repro  # noqa: F401 (the import registers our classes with the Auto classes)
+
+# An embedding has a few more rows than its tokenizer has tokens where it was padded for speed (GPT-2: 50304 for 50257;
+# published models: up to 905). More than that is another tokenizer.
+MAX_PADDED_ROWS = 1024
+
+
+def load_model(
+    name: str,
+    *,
+    tokenizer: str | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+):
+    """The causal LM at `name` (a folder or a Hub id) in evaluation mode, and its tokenizer.
+
+    Raises:
+        ValueError: the tokenizer's ids do not fit the model's vocabulary.
+        OSError: nothing to load under that name.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"{name} holds no config.json: give a checkpoint folder, e.g. {name}/latest")
+    # None lets the library prefer the registered classes without asking; False would refuse nothing more.
+    trust = True if trust_remote_code else None
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), trust_remote_code=trust)
+    loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer or name, trust_remote_code=trust)
+    check_vocabulary(model, loaded_tokenizer)
+    return model.to(device).eval(), loaded_tokenizer
+
+
+def check_vocabulary(model, tokenizer) -> None:
+    """Refuse a tokenizer that is not the model's.
+
+    Raises:
+        ValueError: ids without an embedding row, or so many rows without a token that the two do not belong together.
+    """
+    rows, tokens = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    if not tokens <= rows < tokens + MAX_PADDED_ROWS:
+        raise ValueError(
+            f"the tokenizer has {tokens:,} tokens and the model's embedding {rows:,} rows: they do not belong "
+            "together; give the tokenizer that the model was trained with (--tokenizer)"
+        )
+
+
+def max_positions(model) -> int:
+    """The longest sequence in tokens that the model takes."""
+    return model.config.max_position_embeddings
+
+
+def model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every command with a model has."""
+    parser.add_argument("--model", required=True, help="checkpoint folder or Hub id of a causal language model")
+    parser.add_argument("--tokenizer", help="folder or Hub id, where the tokenizer does not lie beside the model")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that lies beside the weights")
+
+
+def load_from(arguments: argparse.Namespace):
+    """`load_model` with what `model_arguments` parsed."""
+    return load_model(
+        arguments.model,
+        tokenizer=arguments.tokenizer,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+def write_json(path: str | Path, value: dict) -> None:
+    """One JSON object, readable by people, folders made as needed."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command; an error that a person can mend becomes one line on standard error and exit code 1."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None

@@ -1,0 +1,110 @@
+"""Text from any checkpoint: greedy or top-k sampling, with a seed, once or in a conversation.
+
+    python -m eval.sample --model runs/demo/latest --prompt "Hello, I'm a language model,"
+    python -m eval.sample --model openai-community/gpt2 --interactive
+
+The texts, prompt included, go to standard output.
+"""
+
+import argparse
+import sys
+
+import torch
+
+from eval.loading import load_from, max_positions, model_arguments, run_command
+
+
+@torch.no_grad()
+def sample(
+    model,
+    tokenizer,
+    prompt: str,
+    *,
+    num_samples: int = 4,
+    max_new_tokens: int = 32,
+    top_k: int | None = 50,
+    temperature: float = 1.0,
+    seed: int = 42,
+    greedy: bool = False,
+) -> list[str]:
+    """`num_samples` continuations of the prompt, each with the prompt before it; one where they are greedy.
+
+    A text ends at <|endoftext|> or after `max_new_tokens`. An empty prompt starts a new document. `top_k=None` draws
+    from the whole vocabulary. The random state of the caller is left as it was, and a compiled model runs eagerly: a
+    sequence that grows by a token a step would be compiled again and again.
+
+    Raises:
+        ValueError: prompt and new tokens do not fit the model, or a number out of its range.
+    """
+    if num_samples < 1 or max_new_tokens < 1:
+        raise ValueError(f"num_samples is {num_samples} and max_new_tokens {max_new_tokens}: give at least 1 of each")
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}: give more than 0, or greedy=True for the likeliest token")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}: give at least 1, or None for the whole vocabulary")
+    ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] or [tokenizer.eos_token_id]
+    if len(ids) + max_new_tokens > max_positions(model):
+        raise ValueError(
+            f"the prompt's {len(ids)} tokens and {max_new_tokens} new ones do not fit the model's "
+            f"{max_positions(model)} positions: shorten the prompt or ask for fewer tokens"
+        )
+    input_ids = torch.tensor([ids], device=model.device)
+    drawn = {} if greedy else {"top_k": top_k or 0, "temperature": temperature, "num_return_sequences": num_samples}
+    accelerators = [] if model.device.type == "cpu" else [model.device]
+    with torch.random.fork_rng(accelerators), torch.compiler.set_stance("force_eager"):
+        torch.manual_seed(seed)
+        output = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            do_sample=not greedy,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id,
+            **drawn,
+        )
+    return tokenizer.batch_decode(output, skip_special_tokens=True)
+
+
+def _converse(model, tokenizer, **settings) -> None:
+    """Read prompts from standard input until it ends; every prompt starts anew."""
+    print("a prompt and Enter; an empty line or Ctrl-D ends", file=sys.stderr)
+    for line in sys.stdin:
+        if not line.strip():
+            return
+        try:
+            for text in sample(model, tokenizer, line.rstrip("\n"), **settings):
+                print(text, flush=True)
+        except ValueError as error:  # a prompt that is too long must not end the conversation
+            print(f"error: {error}", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model_arguments(parser)
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="the text to continue")
+    prompt.add_argument("--interactive", action="store_true", help="read prompts from standard input, one a line")
+    parser.add_argument("--num-samples", type=int, default=4)
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--top-k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all of them")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token: one text, no seed")
+    arguments = parser.parse_args()
+    model, tokenizer = load_from(arguments)
+    settings = {
+        "num_samples": arguments.num_samples,
+        "max_new_tokens": arguments.max_new_tokens,
+        "top_k": arguments.top_k or None,
+        "temperature": arguments.temperature,
+        "seed": arguments.seed,
+        "greedy": arguments.greedy,
+    }
+    if arguments.interactive:
+        _converse(model, tokenizer, **settings)
+        return
+    for text in sample(model, tokenizer, arguments.prompt, **settings):
+        print(f"> {text}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,204 @@
+"""The loss of a model on held-out text: nats per token, perplexity, bits per byte.
+
+    python -m eval.validation --model runs/demo/latest --dataset data/shakespeare --output val.json
+    python -m eval.validation --model openai-community/gpt2 --text book.txt --stride 512 --output val.json
+
+Works for every causal language model of the library, so that a baseline comes out of the same code as the run that is
+compared with it. The JSON holds `loss`, `perplexity`, `bits_per_byte`, `tokens` and what they were measured on.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from eval.loading import load_from, max_positions, model_arguments, run_command, write_json
+
+Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
+
+
+@torch.no_grad()
+def validation_loss(
+    model, batches: Batches, *, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> tuple[float, int]:
+    """Mean loss in nats per token over `batches`, and the number of tokens that it is the mean of.
+
+    `batches` yields (input_ids, targets), both (B, T) int64 on the model's device; targets are the next tokens, -100
+    where none is counted. Every token has the same weight, whatever batch it came in. `reduce` sums a tensor over the
+    processes of a run. Batches of one shape let a compiled model run as it is: one more graph, however many rounds.
+
+    Raises:
+        ValueError: no token to count.
+    """
+    loss_and_count = []  # (2,) each, left on the device: reading one would stop the queue of kernels at every batch
+    for input_ids, targets in batches:
+        loss = _summed_loss(model, input_ids, targets)
+        loss_and_count.append(torch.stack([loss.float(), (targets != -100).sum().float()]))
+    if not loss_and_count:  # this process has no share, but the others wait for it in `reduce`
+        loss_and_count.append(torch.zeros(2, device=next(model.parameters()).device))
+    table = torch.stack(loss_and_count)  # (batches, 2)
+    if reduce is None:
+        table = table.cpu()
+    totals = table.double().sum(0)
+    if reduce is not None:
+        totals = reduce(totals)
+    loss_sum, tokens = totals.tolist()
+    if tokens == 0:
+        raise ValueError("no token to validate on: the batches were empty or all their targets -100")
+    return loss_sum / tokens, int(tokens)
+
+
+def _summed_loss(model, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The sum of the cross-entropies of a batch, in nats."""
+    if model.config.model_type == "gpt2repro":  # the training call, so that a compiled run has this graph already
+        return model(input_ids, shift_labels=targets, num_items_in_batch=1, skip_logits=True, use_cache=False).loss
+    logits = model(input_ids, use_cache=False).logits  # (B, T, V)
+    # Row by row: the float32 copy of all logits at once would be the largest tensor of the whole evaluation.
+    rows = zip(logits, targets, strict=True)
+    return sum(F.cross_entropy(row.float(), target, ignore_index=-100, reduction="sum") for row, target in rows)
+
+
+def text_windows(
+    ids: list[int], *, start_id: int, seq_len: int, stride: int, batch_size: int, device: str | torch.device = "cpu"
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches that count every token of a text once, each with at least seq_len - stride tokens before it.
+
+    The text follows `start_id`, so that its first token is predicted as well. With stride = seq_len the windows do not
+    overlap; a smaller stride costs seq_len / stride times the compute and gives every token a longer past. All batches
+    have the shape (batch_size, seq_len); what is missing at the end is padded and not counted.
+
+    Raises:
+        ValueError: no tokens, or a stride outside 1 … seq_len.
+    """
+    if not 1 <= stride <= seq_len:
+        raise ValueError(f"stride is {stride}: give 1 to seq_len={seq_len}")
+    if not ids:
+        raise ValueError("the text has no tokens: give a text that is not empty")
+    stream = np.array([start_id, *ids], dtype=np.int64)
+    last_start = max(0, math.ceil((len(ids) - seq_len) / stride)) * stride
+    starts = list(range(0, last_start + 1, stride))
+    for first in range(0, len(starts), batch_size):
+        input_ids = np.full((batch_size, seq_len), start_id, dtype=np.int64)
+        targets = np.full((batch_size, seq_len), -100, dtype=np.int64)
+        for row, start in enumerate(starts[first : first + batch_size]):
+            window = stream[start : start + seq_len + 1]
+            input_ids[row, : len(window) - 1] = window[:-1]
+            fresh = 0 if start == 0 else seq_len - stride  # the tokens before were counted in the window before
+            targets[row, fresh : len(window) - 1] = window[fresh + 1 :]
+        yield torch.from_numpy(input_ids).to(device), torch.from_numpy(targets).to(device)
+
+
+def bytes_per_token(tokenizer) -> np.ndarray | None:
+    """How many bytes of text each id stands for, 0 for special tokens; None where the tokenizer is not byte-level.
+
+    A byte-level BPE writes every byte of a token as one character of its vocabulary, so the length is the byte count.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or type(backend.decoder).__name__ != "ByteLevel":
+        return None
+    special = set(tokenizer.all_special_ids)
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return np.array([0 if index in special else len(token or "") for index, token in enumerate(tokens)])
+
+
+def _dataset_batches(arguments, model, tokenizer, *, seq_len: int) -> tuple[Batches, dict]:
+    """The validation windows of a prepared dataset, and a record that counts their bytes as they pass."""
+    from gpt2repro.data.loader import validation_batches
+    from gpt2repro.data.shards import open_dataset
+
+    dataset = open_dataset(arguments.dataset)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if dataset.vocab_size is not None and dataset.vocab_size > rows:
+        raise ValueError(
+            f"{arguments.dataset} was prepared with a vocabulary of {dataset.vocab_size:,} tokens, the model has "
+            f"{rows:,}: prepare it again with the model's tokenizer"
+        )
+    stream = dataset.split("val")
+    byte_counts, counted = bytes_per_token(tokenizer), {"bytes": 0}
+    if byte_counts is None:
+        counted["bytes"] = None
+
+    def batches():
+        for input_ids, targets in validation_batches(
+            stream,
+            seq_len=seq_len,
+            max_tokens=arguments.max_tokens or stream.tokens,
+            micro_batch_size=arguments.batch_size,
+            rank=0,
+            world_size=1,
+            vocab_size=rows,
+            device=model.device,
+        ):
+            if byte_counts is not None:
+                counted["bytes"] += int(byte_counts[targets[targets >= 0].cpu().numpy()].sum())
+            yield input_ids, targets
+
+    return batches(), counted
+
+
+def _text_batches(arguments, model, tokenizer, *, seq_len: int) -> tuple[Batches, dict]:
+    """The windows of a text file, and its bytes."""
+    text = Path(arguments.text).read_text(encoding="utf-8")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if arguments.max_tokens and arguments.max_tokens < len(ids):
+        ids = ids[: arguments.max_tokens]
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start_id is None:
+        raise ValueError("the tokenizer has neither a bos nor an eos token to start the text with: give another one")
+    stride = arguments.stride or seq_len
+    windows = text_windows(
+        ids,
+        start_id=start_id,
+        seq_len=seq_len,
+        stride=stride,
+        batch_size=arguments.batch_size,
+        device=model.device,
+    )
+    return windows, {"bytes": len(text.encode("utf-8")), "stride": stride}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model_arguments(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--dataset", help="folder of prepared token shards; its validation split is measured")
+    source.add_argument("--text", help="a text file in UTF-8")
+    parser.add_argument("--seq-len", type=int, help="tokens of a window (default: the model's longest)")
+    parser.add_argument("--stride", type=int, help="--text: new tokens of a window (default: seq-len, no overlap)")
+    parser.add_argument("--max-tokens", type=int, help="count at most this many tokens (default: all)")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows a forward")
+    parser.add_argument("--output", help="write the figures to this JSON file")
+    arguments = parser.parse_args()
+    if arguments.dataset and arguments.stride:
+        parser.error("--stride goes with --text: the windows of a prepared dataset do not overlap")
+    model, tokenizer = load_from(arguments)
+    seq_len = arguments.seq_len or max_positions(model)
+    if not 1 <= seq_len <= max_positions(model):
+        raise ValueError(f"--seq-len is {seq_len}: the model takes 1 to {max_positions(model)} tokens")
+    make_batches = _dataset_batches if arguments.dataset else _text_batches
+    batches, measured = make_batches(arguments, model, tokenizer, seq_len=seq_len)
+    loss, tokens = validation_loss(model, batches)
+    result = {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": loss * tokens / math.log(2) / measured["bytes"] if measured["bytes"] else None,
+        "tokens": tokens,
+        **measured,
+        "seq_len": seq_len,
+        "model": arguments.model,
+        "measured_on": arguments.dataset or arguments.text,
+        "dtype": arguments.dtype,
+    }
+    bits = "not known for this tokenizer" if result["bits_per_byte"] is None else f"{result['bits_per_byte']:.4f}"
+    print(f"loss {loss:.4f}  perplexity {result['perplexity']:.2f}  bits per byte {bits}  tokens {tokens:,}")
+    if arguments.output:
+        write_json(arguments.output, result)
+
+
+if __name__ == "__main__":
+    run_command(main)

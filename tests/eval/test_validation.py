@@ -1,0 +1,114 @@
+"""The validation loss against sums written out token by token."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from eval.validation import bytes_per_token, text_windows, validation_loss
+
+
+def slow_loss(model, stream: list[int], *, seq_len: int, stride: int) -> tuple[float, int]:
+    """The same quantity with one forward for every predicted token."""
+    total = 0.0
+    for position in range(1, len(stream)):
+        window = max(0, math.ceil((position - seq_len) / stride)) * stride
+        past = torch.tensor([stream[window:position]])
+        with torch.no_grad():
+            log_probs = model(past).logits[0, -1].double().log_softmax(-1)
+        total -= log_probs[stream[position]].item()
+    return total / (len(stream) - 1), len(stream) - 1
+
+
+@pytest.mark.parametrize("stride", [16, 5, 1])
+@pytest.mark.parametrize("which", ["tiny_model", "stock_model"])
+def test_sliding_windows_give_the_loss_computed_one_token_at_a_time(which, stride, request):
+    model = request.getfixturevalue(which)
+    ids = torch.randint(0, model.config.vocab_size, (41,), generator=torch.Generator().manual_seed(3)).tolist()
+    batches = text_windows(ids, start_id=0, seq_len=16, stride=stride, batch_size=3)
+    loss, tokens = validation_loss(model, batches)
+    expected, expected_tokens = slow_loss(model, [0, *ids], seq_len=16, stride=stride)
+    assert tokens == expected_tokens == 41
+    assert loss == pytest.approx(expected, abs=1e-5)
+
+
+def test_every_window_has_one_shape_and_every_token_is_counted_once():
+    for length in (1, 15, 16, 17, 100):
+        batches = list(text_windows(list(range(1, length + 1)), start_id=0, seq_len=16, stride=6, batch_size=4))
+        assert {tuple(inputs.shape) for inputs, _ in batches} == {(4, 16)}
+        counted = torch.cat([targets[targets != -100] for _, targets in batches])
+        assert sorted(counted.tolist()) == list(range(1, length + 1))
+
+
+def test_the_mean_weighs_tokens_and_not_batches(tiny_model):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randint(0, 300, (4, 8), generator=generator)
+    targets = torch.randint(0, 300, (4, 8), generator=generator)
+    targets[2:, 1:] = -100
+    whole, tokens = validation_loss(tiny_model, [(inputs, targets)])
+    parts, _ = validation_loss(tiny_model, [(inputs[:2], targets[:2]), (inputs[2:], targets[2:])])
+    assert tokens == 18
+    assert parts == pytest.approx(whole, abs=1e-6)
+
+
+def test_shares_of_two_processes_sum_to_the_whole_even_where_one_is_empty(tiny_model):
+    generator = torch.Generator().manual_seed(0)
+    batch = tuple(torch.randint(0, 300, (4, 8), generator=generator) for _ in range(2))
+    sent = []
+    validation_loss(tiny_model, [batch], reduce=lambda totals: sent.append(totals) or totals)
+    both = validation_loss(tiny_model, [], reduce=lambda totals: totals + sent[0])
+    assert both == validation_loss(tiny_model, [batch])
+
+
+def test_a_compiled_model_validates_with_one_graph_for_all_rounds(fresh_model):
+    model = fresh_model
+    generator = torch.Generator().manual_seed(0)
+    batches = [tuple(torch.randint(0, 300, (2, 8), generator=generator) for _ in range(2)) for _ in range(3)]
+    eager = validation_loss(model, batches)
+    graphs = []
+    model.compile(backend=lambda module, _: graphs.append(module) or module.forward, fullgraph=True, dynamic=False)
+    rounds = [validation_loss(model, batches) for _ in range(3)]
+    assert len(graphs) == 1
+    assert rounds[0][0] == pytest.approx(eager[0], abs=1e-6)
+    assert rounds == [rounds[0]] * 3
+
+
+def test_nothing_to_count_is_an_error(tiny_model):
+    inputs = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="no token to validate on"):
+        validation_loss(tiny_model, [(inputs, torch.full_like(inputs, -100))])
+
+
+def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(bpe):
+    text = "The café — “well”, it's 😀 time.\n\n"
+    ids = bpe(text)["input_ids"]
+    assert bytes_per_token(bpe)[ids].sum() == len(text.encode("utf-8"))
+    assert bytes_per_token(bpe)[bpe.eos_token_id] == 0
+
+
+def run_validation(*arguments):
+    command = [sys.executable, "-m", "eval.validation", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_command_measures_a_text_file_and_names_what_is_wrong(checkpoint, tmp_path, tiny_model, bpe):
+    text = "The man throws the ball. She said “no”.\n" * 4
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    output = tmp_path / "out" / "val.json"
+    common = ("--model", checkpoint, "--text", tmp_path / "text.txt")
+    done = run_validation(*common, "--seq-len", 32, "--stride", 8, "--output", output)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    ids = bpe(text)["input_ids"]
+    loss, tokens = slow_loss(tiny_model, [0, *ids], seq_len=32, stride=8)
+    assert result["tokens"] == tokens
+    assert result["loss"] == pytest.approx(loss, abs=1e-4)
+    assert result["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert result["bits_per_byte"] == pytest.approx(loss * tokens / math.log(2) / len(text.encode()), abs=1e-4)
+
+    failed = run_validation(*common, "--seq-len", 65)
+    assert failed.returncode == 1
+    assert failed.stderr.strip().endswith("error: --seq-len is 65: the model takes 1 to 64 tokens")
