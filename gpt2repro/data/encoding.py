@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from gpt2repro.data.sources import NOT_UTF8
+from gpt2repro.data.sources import NOT_UTF8, Text
 
 EOT = "<|endoftext|>"
 EMPTY = "empty"
-PIECE_BYTES = 2**20  # longer documents are encoded in pieces: tokenizers takes about 60 bytes of memory a byte of text
+PIECE_BYTES = 2**18  # longer documents are encoded in pieces: tokenizers takes some 60 bytes of memory a byte of text
 CONTEXT_BYTES = 200  # on either side of a cut, for the check that it changes no id
 RENEW_BYTES = 2**28  # of text, after which a fast encoder is made anew: its cache of words has no bound
 HARD_TEXT = (  # where tokenizers differ, if they do; a sample of the input is compared as well
@@ -80,19 +80,17 @@ def encode_pieces(encode: Encode, eot_id: int, dtype: np.dtype, pieces: list[tup
     return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
 
 
-def chunks(text: bytes | Path) -> Iterator[bytes]:
+def chunks(text: Text) -> Iterator[bytes]:
     """A document's bytes, PIECE_BYTES at a time."""
     if isinstance(text, Path):
         with open(text, "rb") as file:
             yield from iter(partial(file.read, PIECE_BYTES), b"")
-    elif len(text) <= PIECE_BYTES:
-        yield text
     else:
         for start in range(0, len(text), PIECE_BYTES):
-            yield text[start : start + PIECE_BYTES]
+            yield bytes(text[start : start + PIECE_BYTES])
 
 
-def reason_to_skip(text: bytes | Path) -> str | None:
+def reason_to_skip(text: Text) -> str | None:
     """NOT_UTF8 or EMPTY (nothing but white space), else None. Holds one chunk in memory."""
     decoder, blank = codecs.getincrementaldecoder("utf-8")(), True
     try:
@@ -105,7 +103,7 @@ def reason_to_skip(text: bytes | Path) -> str | None:
     return EMPTY if blank else None
 
 
-def cut_document(text: bytes | Path, encode: Encode) -> Iterator[bytes]:
+def cut_document(text: Text, encode: Encode) -> Iterator[bytes]:
     """Pieces of about PIECE_BYTES whose ids, joined, are those of the whole document."""
     rest = b""
     for chunk in chunks(text):

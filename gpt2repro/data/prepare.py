@@ -44,7 +44,7 @@ from gpt2repro.data.shards import (
     tokenizer_sha256,
     vocabulary_size,
 )
-from gpt2repro.data.sources import NOT_TEXT, NOT_UTF8, SOURCES, Document, Source, open_source
+from gpt2repro.data.sources import NOT_TEXT, NOT_UTF8, SOURCES, Document, Source, Text, open_source
 
 BATCH_BYTES = 2**20  # of text to a worker at a time: a second of its work
 CHECKPOINT_SECONDS = 5.0  # at most this much work is done twice
@@ -72,7 +72,7 @@ class Batch:
     done: float | None = None
 
 
-def is_validation(text: bytes | Path, fraction: float) -> bool:
+def is_validation(text: Text, fraction: float) -> bool:
     """By the document's own sha256, so that a duplicate never lands on both sides and no order matters."""
     digest = hashlib.sha256()
     for chunk in encoding.chunks(text):

@@ -66,7 +66,6 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-@lru_cache(maxsize=4)
 def load_tokenizer(name: str) -> Any:
     """The tokenizer in a folder or of a Hub id. ValueError where there is none, or none with an end-of-text token."""
     from transformers import AutoTokenizer

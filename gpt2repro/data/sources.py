@@ -2,7 +2,7 @@
 
     source = open_source("files", files=["corpus/*.jsonl.zst"])
     for document in source.documents():          # in an order that never changes
-        document.text                            # UTF-8 bytes, or a Path: one large text file is one document
+        document.text                            # UTF-8 bytes, or the Path of a text file
         document.position                        # documents(position) goes on after this document
 
 Nothing is dropped here: a record that is no text comes as a document with the reason in `skipped`. Compressed
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 NOT_TEXT, NOT_UTF8 = "not_text", "not_utf8"
+LONG_LINE = 2**24  # bytes of JSON from which a Python string, up to 4 bytes a character, would be too large a detour
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 # Bytes of token ids (2 each, at 4 to 5 bytes of English a token) from one byte of the file, compression undone.
 TOKEN_BYTES_PER_FILE_BYTE = {".txt": 0.5, ".md": 0.5, ".jsonl": 0.5, ".gz": 1.5, ".zst": 2.0, ".parquet": 1.2}
@@ -35,11 +36,14 @@ HUB = {  # source: dataset, configuration
 SOURCES = ("python-docs", "files", "hub", "tinyshakespeare", *HUB)
 
 
+Text = bytes | memoryview | Path  # a Path: the whole file, read in pieces
+
+
 @dataclass(slots=True)
 class Document:
     """One document, or a record that is none (`skipped` says why)."""
 
-    text: bytes | Path = b""
+    text: Text = b""
     skipped: str | None = None
     position: Any = None  # a JSON value: where documents() goes on after this one
     done: float | None = None  # the fraction of the source that is read, where it is known
@@ -181,13 +185,16 @@ def _json_lines(path: Path, text_field: str, position: int | None) -> Iterator[D
             for line in lines:
                 at += len(line)
                 text, skipped = _line_text(line, text_field)
+                del line  # it may be large, and the document is about to be worked on
                 yield Document(text, skipped, at, raw.tell() / size)
         except (OSError, EOFError) as error:
             raise ValueError(f"{path} cannot be read to its end ({error}); it is damaged: copy it again") from error
 
 
-def _line_text(line: bytes, text_field: str) -> tuple[bytes, str | None]:
+def _line_text(line: bytes, text_field: str) -> tuple[bytes | memoryview, str | None]:
     try:
+        if len(line) > LONG_LINE:
+            return _long_line_text(line, text_field)
         record = json.loads(line) if line.strip() else {text_field: ""}
         text = record.get(text_field) if isinstance(record, dict) else None
         return (text.encode(), None) if isinstance(text, str) else (b"", NOT_TEXT)
@@ -195,6 +202,19 @@ def _line_text(line: bytes, text_field: str) -> tuple[bytes, str | None]:
         return b"", NOT_UTF8
     except ValueError:
         return b"", NOT_TEXT
+
+
+def _long_line_text(line: bytes, text_field: str) -> tuple[bytes | memoryview, str | None]:
+    import pyarrow
+    from pyarrow import json as arrow_json
+
+    table = arrow_json.read_json(
+        pyarrow.BufferReader(line),
+        arrow_json.ReadOptions(use_threads=False, block_size=len(line) + 1),
+        arrow_json.ParseOptions(pyarrow.schema([(text_field, pyarrow.string())]), unexpected_field_behavior="ignore"),
+    )
+    text = table[text_field][0].as_buffer()
+    return (b"", NOT_TEXT) if text is None else (memoryview(text), None)
 
 
 def _parquet(path: Path, text_field: str, position: Any) -> Iterator[Document]:
@@ -222,9 +242,10 @@ def _arrow_documents(stream: Any, text_field: str, position: Any, name: str) -> 
         column = table[text_field]
         if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
             raise ValueError(f"{name}: the field {text_field!r} is {column.type}, expected text; name another")
-        for row, text in islice(enumerate(column.cast(pyarrow.large_binary())), done, None):
-            text = text.as_py()
-            yield Document(text or b"", NOT_TEXT if text is None else None, {"state": state, "rows": row + 1})
+        for row, value in islice(enumerate(column), done, None):
+            text = value.as_buffer()  # without a copy, and without a check for UTF-8: prepare checks and counts
+            skipped = NOT_TEXT if text is None else None
+            yield Document(memoryview(text or b""), skipped, {"state": state, "rows": row + 1})
         state, done = stream.state_dict(), 0
 
 
