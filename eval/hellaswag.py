@@ -1,0 +1,22 @@
+"""HellaSwag in the two styles that the field quotes.
+
+    python -m eval.hellaswag --model runs/demo/latest --output hellaswag.json
+    python -m eval.hellaswag --model openai-community/gpt2 --style harness --data hellaswag_val.jsonl --limit 500
+
+style        context                                 acc_norm divides by    released GPT-2 124M (acc_norm, all 10,042)
+completion   the raw `ctx`, as in build-nanogpt      the ending's tokens    29.55 %
+harness      "activity: ctx", brackets taken out     its characters         31.14 %
+
+Figures go to the JSON file, every item's scores to the .jsonl beside it. Name the style with every figure.
+"""
+
+from eval.loading import run_command
+from eval.multiple_choice import command_parser, run_task
+
+
+def main() -> None:
+    run_task(command_parser(__doc__).parse_args(), "hellaswag")
+
+
+if __name__ == "__main__":
+    run_command(main)
