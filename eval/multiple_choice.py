@@ -98,8 +98,8 @@ def _sequences(item: Item, ids: dict[str, list[int]], *, start_id: int, max_leng
         target = ids[text] if item.apart else ids[text][len(context) :]
         if not 1 <= len(target) <= max_length:
             raise ValueError(
-                f"{item.where}: the continuation {continuation[:40]!r} has {len(target)} tokens of its own, expected 1 "
-                f"to {max_length}, what the model takes"
+                f"{item.where}: the continuation {continuation[:40]!r} has {len(target)} tokens of its own, expected "
+                f"1 to {max_length}, what the model takes"
             )
         whole = [*(context or [start_id]), *target]
         truncated |= len(whole) > max_length + 1
