@@ -4,7 +4,7 @@
     config = GPT2ReproConfig(**NAMED_SHAPES["gpt2-medium"])
 
 Field names and defaults are those of the stock `GPT2Config`, but for dropout: 0.0, because a single-epoch
-pre-training run never sees a token twice. This file travels with every checkpoint, so it imports nothing of the project.
+pre-training run never sees a token twice. This file travels with every checkpoint, so it imports nothing of ours.
 """
 
 from huggingface_hub.dataclasses import strict

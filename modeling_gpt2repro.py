@@ -174,7 +174,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -300,7 +300,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     def _padded_logits(self, hidden_states):
         """(B, T, C) -> (B, T, V) through a head padded with zero rows, which the returned view leaves out.
 
-        A matmul with 50304 = 393 * 128 columns runs on full tiles, one with 50257 = 29 * 1733 does not. The values and the
+        A matmul with 50304 = 393 * 128 columns runs on full tiles, one with 50257 = 29 * 1733 does not. Values and
         gradients are those of the plain head.
         """
         weight = self.lm_head.weight  # (V, C)

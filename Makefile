@@ -1,0 +1,29 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`. Both make .venv when it is needed.
+PYTHON ?= python3
+PY := .venv/bin/python
+# More of the recipe's fields for the demonstration, e.g. DEMO="--max_steps 20 --output_dir runs/short"
+DEMO ?=
+
+.PHONY: demo test check slow clean
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: .venv/.installed  ## train a small GPT-2 on Python's own documentation, draw its curves, let it write
+	.venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml train_accelerate.py --recipe recipes/demo.yaml $(DEMO)
+	$(PY) -m eval.report runs/demo --output runs/demo/curves.png
+
+test: .venv/.installed  ## every test but the long campaigns
+	$(PY) -m pytest -q
+
+slow: .venv/.installed  ## the long campaigns
+	$(PY) -m pytest -q -m slow
+
+check: .venv/.installed  ## lint and types
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv runs data build dist *.egg-info

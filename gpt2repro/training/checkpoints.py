@@ -1,0 +1,192 @@
+"""Checkpoints: a folder that is at once a Transformers checkpoint and a resumable state; written whole or not at all.
+
+    runs/NAME/step-00005000/   config.json, generation_config.json, model.safetensors, tokenizer, our two files,
+                               optimizer.safetensors (by parameter name), trainer_state.json (the completion record)
+    runs/NAME/latest           a link to the newest
+
+A checkpoint is written to a hidden folder, synced to the disk and renamed; older ones are deleted only after that. A
+folder without its record does not exist for resume. Nothing in it is a pickle.
+"""
+
+import json
+import os
+import shutil
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, load_model, save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers import PreTrainedModel
+
+from gpt2repro.training.guards import on_main_process
+
+RECORD = "trainer_state.json"
+OPTIMIZER = "optimizer.safetensors"
+FORMAT_VERSION = 1
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    *,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Any,
+    accelerator: Accelerator,
+    state: dict[str, Any],
+    keep_last: int,
+) -> Path:
+    """Save step `step`; called on every process. `state` is what the record keeps beside the step.
+
+    Raises:
+        ValueError: on every process when the main one could not write; what was there before is untouched.
+    """
+    final = run_dir / f"step-{step:08d}"
+    tensors = _optimizer_tensors(model, optimizer)
+
+    def write() -> None:
+        aside = run_dir / f".{final.name}.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        model.save_pretrained(aside, max_shard_size="1TB")  # one file, however large
+        tokenizer.save_pretrained(aside)
+        save_file(tensors, aside / OPTIMIZER)
+        _complete(aside, {"format": FORMAT_VERSION, "step": step, **state})
+        if final.exists():  # a broken one of the same step, passed over by `resume: previous`
+            shutil.rmtree(final)
+        os.replace(aside, final)
+        link = run_dir / ".latest.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(final.name)
+        os.replace(link, run_dir / "latest")
+        _sync(run_dir)
+        _prune(run_dir, keep_last)
+
+    on_main_process(accelerator, write)
+    return final
+
+
+def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint that `resume` (auto, never, previous or a path) means, or None to start from the beginning.
+
+    Raises:
+        ValueError: a path that is no complete checkpoint; `previous` where there are fewer than two.
+    """
+    complete = _complete_checkpoints(run_dir)
+    if resume == "auto":
+        return complete[-1] if complete else None
+    if resume == "never":
+        return None
+    if resume == "previous":
+        if len(complete) < 2:
+            raise ValueError(
+                f"resume is previous, but {run_dir} holds {len(complete)} complete checkpoints: expected two"
+            )
+        return complete[-2]
+    path = Path(resume)
+    if not (path / RECORD).is_file():
+        raise ValueError(f"resume is {resume!r}, which is no complete checkpoint (no {RECORD}): give a step-… folder")
+    return path.resolve()
+
+
+def load_checkpoint(path: Path, *, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put a checkpoint's weights and optimizer state into `model` and `optimizer`; returns its record.
+
+    Every file is read against the record's size and sha256 first. Call it before there are gradients.
+
+    Raises:
+        ValueError: a missing, truncated or changed file, or a state that does not fit the model; the file is named.
+    """
+    record = verify_checkpoint(path)
+    missing, unexpected = load_model(model, path / "model.safetensors", strict=False)
+    if missing or unexpected:
+        raise ValueError(f"{path} is not of this model: missing {sorted(missing)[:3]}, unexpected {unexpected[:3]}")
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    current: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
+    tensors = load_file(path / OPTIMIZER)
+    if tensors.keys() != {name for name in current if name.startswith("state.")}:
+        raise ValueError(
+            f"{path / OPTIMIZER} is not of this optimizer: it holds {len(tensors)} tensors of other names"
+        )
+    set_optimizer_state_dict(model, optimizer, current | tensors, options=options)
+    return record
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """Read every file of a checkpoint against its record, which is returned.
+
+    Raises:
+        ValueError: names the first file that is missing, of another size, or of another content.
+    """
+    advice = "resume from another checkpoint (--resume previous, or --resume PATH)"
+    try:
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        files, _ = record["files"], record["step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / RECORD} cannot be read ({error}): {advice}") from None
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: {advice}")
+        if file.stat().st_size != expected["bytes"]:
+            raise ValueError(f"{file} has {file.stat().st_size} bytes, not {expected['bytes']}: {advice}")
+        if _sha256(file) != expected["sha256"]:
+            raise ValueError(f"{file} is damaged (its sha256 is not the recorded one): {advice}")
+    return record
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Delete what a kill left of a save."""
+    for leftover in run_dir.glob(".step-*.tmp"):
+        shutil.rmtree(leftover)
+
+
+def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Optimizer state by parameter name. Settings (lr, betas, decay) are the recipe's and not saved."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    flat: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
+    return {name: value.contiguous() for name, value in flat.items() if name.startswith("state.")}
+
+
+def _complete(folder: Path, record: dict[str, Any]) -> None:
+    """Give every file its mode and its place in the record, write the record, and sync all of it to the disk."""
+    umask = os.umask(0)
+    os.umask(umask)
+    record["files"] = {}
+    for file in sorted(folder.iterdir()):
+        file.chmod(0o666 & ~umask)  # safetensors writes 0600, which a group's other members cannot read
+        record["files"][file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        _sync(file)
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    _sync(folder / RECORD)
+    _sync(folder)
+
+
+def _complete_checkpoints(run_dir: Path) -> list[Path]:
+    return sorted(path.parent for path in run_dir.glob(f"step-*/{RECORD}"))
+
+
+def _prune(run_dir: Path, keep_last: int) -> None:
+    if keep_last:
+        for old in _complete_checkpoints(run_dir)[:-keep_last]:
+            shutil.rmtree(old)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,85 @@
+"""What the launcher asked for, what the device can, and what the recipe says: one answer, or an error that names both.
+
+An explicit recipe value holds. `auto` takes what `accelerate launch` asks for (a flag's or a yaml's), else the best
+that the device has. Accelerate's own default `no` is no asking.
+"""
+
+import os
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+
+from gpt2repro.training.arguments import Recipe, accumulation_steps
+
+
+def start_accelerator(recipe: Recipe) -> Accelerator:
+    """The Accelerator of this process, after checking that the launcher started what it was asked for.
+
+    Raises:
+        ValueError: several processes asked for and one started; a launcher that contradicts the recipe.
+    """
+    use_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    # `accelerate launch --cpu --num_processes 2` sets an address for the others, but starts none of them.
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "accelerate launch was asked for several processes and started one (it does so for --cpu): "
+            "use --config_file accelerate_configs/cpu_2proc.yaml, or torchrun --nproc_per_node 2"
+        )
+    accelerator = Accelerator(
+        cpu=use_cpu,
+        mixed_precision=_mixed_precision(recipe, use_cpu=use_cpu),
+        dynamo_backend="no",  # the script compiles the raw model itself, before prepare
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+    )
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != world_size:
+        raise ValueError(
+            f"{world_size} processes were asked for and {accelerator.num_processes} is what this one sees: "
+            "start them with accelerate launch --config_file accelerate_configs/….yaml, or torchrun"
+        )
+    asked = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1))
+    derived = accumulation_steps(recipe, world_size=world_size)
+    if asked not in (1, derived):
+        raise ValueError(
+            f"the launcher asks for gradient_accumulation_steps={asked}, the recipe's batch gives {derived}: "
+            "leave it out of the launcher's configuration, or change global_batch_tokens or micro_batch_size"
+        )
+    accelerator.gradient_accumulation_steps = 1  # the loop divides by its own; Accelerate must not divide again
+    return accelerator
+
+
+def compile_wanted(recipe: Recipe, device: torch.device) -> bool:
+    """Whether to compile: the recipe's word, else the launcher's, else on CUDA (a CPU needs a C++ compiler for it)."""
+    asked = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if asked not in ("no", "inductor"):
+        raise ValueError(f"the launcher asks for dynamo_backend={asked}: only inductor is supported")
+    if recipe.compile == "false" and asked == "inductor":
+        raise ValueError(
+            "compile is false in the recipe, the launcher asks for dynamo_backend=inductor: change one of them"
+        )
+    if recipe.compile == "auto":
+        return asked == "inductor" or device.type == "cuda"
+    return recipe.compile == "true"
+
+
+def _mixed_precision(recipe: Recipe, *, use_cpu: bool) -> str:
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", "bf16"):
+        raise ValueError(
+            f"the launcher asks for mixed_precision={asked}: this loop has no loss scaling; ask for bf16 or no"
+        )
+    if recipe.mixed_precision == "auto":
+        return asked if asked != "no" else _best_precision(use_cpu=use_cpu)
+    if asked not in ("no", recipe.mixed_precision):
+        raise ValueError(
+            f"mixed_precision is {recipe.mixed_precision} in the recipe, the launcher asks for {asked}: "
+            "change one of them"
+        )
+    return recipe.mixed_precision
+
+
+def _best_precision(*, use_cpu: bool) -> str:
+    """bf16 where the hardware computes in it: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX; else fp32."""
+    if use_cpu:
+        return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"

@@ -1,0 +1,84 @@
+"""What a run measures: metrics.jsonl, tokens a second, model FLOPs utilisation, memory."""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Dense bf16 tensor-core peaks in FLOP/s, by a part of the device's name; NVIDIA's datasheets and whitepapers. The
+# more particular name stands first.
+PEAK_FLOPS = {
+    "H200": 989.4e12,
+    "H100 PCIe": 756.0e12,
+    "H100 NVL": 835.0e12,
+    "H100": 989.4e12,
+    "A100": 312.0e12,
+    "L40S": 362.0e12,
+    "L4": 121.0e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71.0e12,
+}
+
+
+def flops_per_token(*, n_parameters: int, n_positions: int, n_layer: int, n_embd: int, seq_len: int) -> int:
+    """Model FLOPs of forward and backward for a token: 6 (N - wpe) + 12 * n_layer * n_embd * T.
+
+    Source: PaLM paper, appendix B. The position table is looked up, not multiplied, so it does not count; the token
+    embedding does, as the tied head. GPT-2 124M at T = 1024: 855,166,464.
+    """
+    return 6 * (n_parameters - n_positions * n_embd) + 12 * n_layer * n_embd * seq_len
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s, or None for a device that is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has held so far: of the card's on CUDA, else resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else kilobytes * 1024
+
+
+class MetricsLog:
+    """metrics.jsonl, the record of a run: a row is {"step", "kind": train / val / sample / …, …}.
+
+    Opening it for a resumed run drops the rows after `step`, so that no step stands in it twice, and a last line that
+    a kill cut off. On every process but the main one (`path` None) it writes nothing.
+    """
+
+    def __init__(self, path: Path | None, *, step: int = 0) -> None:
+        self._file = None
+        if path is None:
+            return
+        kept = [row for row in read_metrics(path) if row["step"] <= step] if path.exists() else []
+        aside = path.with_name(f".{path.name}.tmp")
+        aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(aside, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, kind: str, **values: Any) -> None:
+        """One row, flushed at once."""
+        if self._file:
+            self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+            self._file.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a half-written last line is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

@@ -1,0 +1,97 @@
+"""The folder of a run: whose it is, and the record of how it was made (run.json)."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2repro.training.arguments import DEFINING_FIELDS, Recipe
+
+RUN_RECORD = "run.json"
+
+
+def claim_run_folder(recipe: Recipe, *, dataset: dict[str, Any], model: dict[str, Any], world_size: int) -> None:
+    """Make `output_dir` this run's, or go on with it when it already is; write or extend its run.json.
+
+    `dataset` must have a `fingerprint`; `model` is what to record of the network. run.json keeps every start.
+
+    Raises:
+        ValueError: the folder holds another run (what differs is named), something else, or a run that `resume: never`
+            must not touch. Nothing is written then.
+        OSError: the folder cannot be written.
+    """
+    folder = Path(recipe.output_dir)
+    record: dict[str, Any] = {"recipe": asdict(recipe), "dataset": dataset, "model": model, "starts": []}
+    if (folder / RUN_RECORD).exists():
+        before = _read(folder / RUN_RECORD)
+        if recipe.resume == "never":
+            raise ValueError(f"output_dir {folder} holds a run and resume is never: give another --output_dir")
+        old, new = before["recipe"], record["recipe"]
+        differing = [f"{name} is {old.get(name)!r} there and {new[name]!r} here" for name in DEFINING_FIELDS
+                     if old.get(name) != new[name]]  # fmt: skip
+        if before["dataset"]["fingerprint"] != dataset["fingerprint"]:
+            differing.append("the dataset is another one")
+        if differing:
+            raise ValueError(
+                f"output_dir {folder} holds another run ({'; '.join(differing)}): give another --output_dir, "
+                "or the same values to go on with it"
+            )
+        record["starts"] = before["starts"]
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"output_dir {folder} is not empty and holds no run: give another --output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    record["starts"].append(_start(world_size))
+    aside = folder / f".{RUN_RECORD}.tmp"
+    aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, folder / RUN_RECORD)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["recipe"], record["dataset"]["fingerprint"], record["starts"]
+        return record
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): give another --output_dir, or put the file back") from None
+
+
+def _start(world_size: int) -> dict[str, Any]:
+    """When, with what and on what this start of the run happened."""
+    cuda = torch.cuda.is_available()
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": shlex.join(sys.argv),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain")),
+        "processes": world_size,
+        "hardware": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "accelerate", "safetensors", "numpy")},
+        },
+    }
+
+
+def _git(*command: str) -> str | None:
+    """What git says of the checkout that the running script stands in, or None outside of one."""
+    try:
+        done = subprocess.run(
+            ["git", *command],
+            cwd=Path(sys.argv[0]).resolve().parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

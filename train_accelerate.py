@@ -1,0 +1,324 @@
+"""Pre-train GPT-2: one run, readable from top to bottom.
+
+    python train_accelerate.py                                             # recipes/demo.yaml
+    accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml train_accelerate.py \\
+        --recipe recipes/gpt2-124m-10b.yaml --micro_batch_size 64          # the reproduction
+
+Run the same command again to go on after any stop. `output_dir` then holds run.json, recipe.yaml, metrics.jsonl and
+step-*/ with the link `latest`, which AutoModelForCausalLM loads. Exit codes: 0 done, 1 an error that was explained,
+2 wrong usage, 75 stopped by a signal after saving.
+"""
+
+import contextlib
+import gc
+import hashlib
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from huggingface_hub.errors import StrictDataclassError
+from tqdm import tqdm
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from configuration_gpt2repro import NAMED_SHAPES, GPT2ReproConfig
+from eval.sample import sample
+from eval.validation import validation_loss
+from gpt2repro.cli import UsageError, parse_recipe, write_recipe
+from gpt2repro.data.loader import TrainLoader, validation_batches
+from gpt2repro.data.order import WindowOrder
+from gpt2repro.data.prepare import prepare
+from gpt2repro.data.shards import open_dataset
+from gpt2repro.hub.convert import load_as_gpt2repro
+from gpt2repro.training.checkpoints import find_checkpoint, load_checkpoint, remove_unfinished, save_checkpoint
+from gpt2repro.training.guards import STOPPED_BY_SIGNAL, BadSteps, StopSignal, on_main_process
+from gpt2repro.training.launch import compile_wanted, start_accelerator
+from gpt2repro.training.metrics import MetricsLog, flops_per_token, peak_flops, peak_memory_bytes
+from gpt2repro.training.optimizer import make_optimizer
+from gpt2repro.training.run_folder import claim_run_folder
+from gpt2repro.training.schedule import lr_at
+from modeling_gpt2repro import GPT2ReproForCausalLM
+
+DEFAULT_RECIPE = Path(__file__).with_name("recipes") / "demo.yaml"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the recipe that `argv` asks for; returns the exit code."""
+    try:
+        exit_code = train(parse_recipe(sys.argv[1:] if argv is None else argv, default=DEFAULT_RECIPE))
+        # DDP must be gone before its process group is: freed after it, gloo's destructor can wait for ever.
+        gc.collect()
+        PartialState().destroy_process_group()
+        return exit_code
+    except (UsageError, ValueError, OSError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def train(recipe) -> int:
+    """One run from its recipe to its last checkpoint; returns the exit code."""
+    # ---- the recipe, checked before anything is loaded or written ------------------------------------------
+    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    shape = model_shape(recipe)
+    problems = recipe.problems(shape, world_size=world_size)
+    if problems:
+        raise ValueError("\n".join(problems))
+    accelerator = start_accelerator(recipe)
+    transformers_logging.disable_progress_bar()  # a bar for every file of every checkpoint
+    device = accelerator.device
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+
+    # ---- the data ------------------------------------------------------------------------------------------
+    if recipe.source and not (Path(recipe.dataset_dir) / "dataset.json").exists():
+        on_main_process(accelerator, lambda: prepare_dataset(recipe))
+    dataset = open_dataset(recipe.dataset_dir, tokenizer=recipe.tokenizer)
+    config = model_config(recipe, shape, dataset)
+    tokenizer = AutoTokenizer.from_pretrained(dataset.tokenizer)
+    train_stream, val_stream = dataset.split("train"), dataset.split("val")
+    loader = TrainLoader(
+        train_stream,
+        WindowOrder(train_stream.tokens, recipe.seq_len, seed=recipe.seed, shuffle=recipe.shuffle),
+        sequences_per_step=recipe.global_batch_tokens // recipe.seq_len,
+        micro_batch_size=recipe.micro_batch_size,
+        rank=rank,
+        world_size=world_size,
+        vocab_size=config.vocab_size,
+        device=device,
+    )
+
+    # ---- the model and its optimizer -----------------------------------------------------------------------
+    torch.manual_seed(recipe.seed)
+    raw = load_as_gpt2repro(recipe.init_from) if recipe.init_from else GPT2ReproForCausalLM(config)
+    check_init_from(recipe, raw.config, config)
+    raw.config.use_cache = True
+    raw.set_attn_implementation(recipe.attn_implementation)
+    raw.train().to(device)
+    if recipe.gradient_checkpointing:
+        raw.gradient_checkpointing_enable()
+    n_parameters = raw.num_parameters()
+    describe = {"parameters": n_parameters, "config": {key: getattr(config, key) for key in shape}}
+    facts = {"dir": recipe.dataset_dir, "fingerprint": dataset.fingerprint, "train_tokens": train_stream.tokens}
+    on_main_process(
+        accelerator, lambda: claim_run_folder(recipe, dataset=facts, model=describe, world_size=world_size)
+    )
+    run_dir = Path(recipe.output_dir)
+    compiled = compile_wanted(recipe, device)
+    if compiled:
+        # In place and before prepare: one graph, clean state-dict keys, and no_sync keeps working. DDPOptimizer would
+        # split the graph at every bucket.
+        torch._dynamo.config.optimize_ddp = False
+        raw.compile(fullgraph=True, dynamic=False)
+    model, optimizer = accelerator.prepare(raw, make_optimizer(raw, recipe))
+
+    # ---- resume --------------------------------------------------------------------------------------------
+    if accelerator.is_main_process:
+        remove_unfinished(run_dir)
+        write_recipe(recipe, run_dir / "recipe.yaml")
+    found = find_checkpoint(run_dir, recipe.resume)
+    first_step = load_checkpoint(found, model=raw, optimizer=optimizer.optimizer)["step"] if found else 0
+    metrics = MetricsLog(run_dir / "metrics.jsonl" if accelerator.is_main_process else None, step=first_step)
+    accelerator.print(
+        f"{recipe.output_dir}: {n_parameters:,} parameters, {train_stream.tokens:,} training tokens, "
+        f"step {first_step} to {recipe.max_steps}\n"
+        f"{world_size} x {device.type}, {accelerator.mixed_precision} mixed precision, "
+        f"{'compiled' if compiled else 'eager'}, {recipe.global_batch_tokens:,} tokens a step = {world_size} x {loader.accumulation} x "
+        f"{recipe.micro_batch_size} x {recipe.seq_len}" + (f"\nresumed from {found}" if found else "")
+    )
+
+    # ---- what happens between steps ------------------------------------------------------------------------
+    def validate(step: int) -> float:
+        model.eval()
+        batches = validation_batches(
+            val_stream,
+            seq_len=recipe.seq_len,
+            max_tokens=recipe.eval_tokens,
+            micro_batch_size=recipe.micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+            vocab_size=config.vocab_size,
+            device=device,
+        )
+        loss, tokens = validation_loss(raw, batches, reduce=lambda tensor: accelerator.reduce(tensor, "sum"))
+        model.train()
+        metrics.write(
+            step, "val", loss=loss, perplexity=math.exp(min(loss, 700.0)), eval_tokens=tokens,
+            tokens=step * recipe.global_batch_tokens,
+        )  # fmt: skip
+        show(f"step {step:>6}  validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700.0)):,.1f}")
+        return loss
+
+    def draw_samples(step: int) -> None:
+        model.eval()
+        texts = sample(
+            raw, tokenizer, recipe.sample_prompt, num_samples=recipe.num_samples,
+            max_new_tokens=recipe.sample_tokens, seed=recipe.seed,
+        )  # fmt: skip
+        model.train()
+        metrics.write(step, "sample", prompt=recipe.sample_prompt, texts=texts)
+        for text in texts:
+            show(f"step {step:>6}  sample: {' '.join(text.split())}")
+
+    def save(step: int) -> None:
+        began = time.perf_counter()
+        save_checkpoint(
+            run_dir, step, model=raw, optimizer=optimizer.optimizer, tokenizer=tokenizer, accelerator=accelerator,
+            state={"tokens": step * recipe.global_batch_tokens, "dataset_fingerprint": dataset.fingerprint},
+            keep_last=recipe.keep_last,
+        )  # fmt: skip
+        metrics.write(step, "checkpoint", seconds=time.perf_counter() - began)
+
+    def show(line: str) -> None:
+        if accelerator.is_main_process:
+            tqdm.write(line)
+
+    # ---- the loop ------------------------------------------------------------------------------------------
+    stop, bad_steps = StopSignal(), BadSteps(recipe)
+    batches = loader.batches(first_step)
+    flops = flops_per_token(
+        n_parameters=n_parameters, n_positions=config.n_positions, n_layer=config.n_layer, n_embd=config.n_embd,
+        seq_len=recipe.seq_len,
+    )  # fmt: skip
+    peak = peak_flops(device)
+    bar = tqdm(
+        total=recipe.max_steps,
+        initial=first_step,
+        unit="step",
+        disable=not accelerator.is_main_process,
+        smoothing=0.05,
+    )
+    if first_step == 0 and recipe.eval_every:
+        validate(0)
+    saved = first_step
+    step = first_step
+    began = time.perf_counter()
+    for step in range(first_step + 1, recipe.max_steps + 1):
+        lr = lr_at(step - 1, recipe)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(seed_of(recipe.seed, step, rank))  # dropout; so that a resumed run draws the same
+
+        loss_sum = torch.zeros((), device=device)
+        for micro_step in range(loader.accumulation):
+            input_ids, targets = next(batches)
+            is_last = micro_step == loader.accumulation - 1
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+                loss = model(input_ids, shift_labels=targets, use_cache=False, skip_logits=True).loss
+                accelerator.backward(loss / loader.accumulation)
+            loss_sum += loss.detach() / loader.accumulation
+
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.grad_clip or math.inf)
+        # The one host sync of a step: the loss over all micro steps and processes, the norm, and whether to stop.
+        stopping = torch.full((), float(bool(stop.received)), device=device)
+        sums = accelerator.reduce(torch.stack([loss_sum / world_size, stopping]), "sum")
+        train_loss, stopping_ranks, norm = torch.cat([sums, grad_norm.detach().reshape(1).to(sums)]).tolist()
+        if bad_steps.is_bad(step, train_loss, norm):
+            show(f"step {step:>6}  not applied: loss {train_loss}, gradient norm {norm}")
+            metrics.write(step, "bad_step", window_starts=loader.window_starts(step - 1).tolist())
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+
+        seconds = time.perf_counter() - began
+        tokens_per_second = recipe.global_batch_tokens / seconds
+        metrics.write(
+            step, "train", loss=train_loss, lr=lr, grad_norm=norm, tokens=step * recipe.global_batch_tokens,
+            tokens_per_second=tokens_per_second,
+            mfu=tokens_per_second * flops / (peak * world_size) if peak else None,
+            memory_bytes=peak_memory_bytes(device),
+        )  # fmt: skip
+        bar.set_postfix_str(f"loss {train_loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+        bar.update()
+
+        last_step = step == recipe.max_steps
+        if recipe.eval_every and (step % recipe.eval_every == 0 or last_step):
+            validate(step)
+        if recipe.sample_every and (step % recipe.sample_every == 0 or last_step):
+            draw_samples(step)
+        if step % recipe.save_every == 0 or last_step or stopping_ranks:
+            save(step)
+            saved = step
+        if stopping_ranks:
+            break
+        began = time.perf_counter()
+    bar.close()
+    batches.close()
+
+    # ---- the end -------------------------------------------------------------------------------------------
+    stopped = saved < recipe.max_steps
+    if accelerator.is_main_process:
+        print(summary(run_dir, step=step, stopped=stopped))
+    return STOPPED_BY_SIGNAL if stopped else 0
+
+
+def model_shape(recipe) -> dict[str, int] | None:
+    """The named shape with the recipe's overrides; None when the name is unknown."""
+    if recipe.model not in NAMED_SHAPES:
+        return None
+    overrides = {name: getattr(recipe, name) for name in ("n_layer", "n_head", "n_embd", "n_positions")}
+    shape = {"n_positions": 1024, **NAMED_SHAPES[recipe.model]}
+    return shape | {name: value for name, value in overrides.items() if value is not None}
+
+
+def model_config(recipe, shape: dict[str, int], dataset) -> GPT2ReproConfig:
+    """The configuration of a run's model: the recipe's shape, the dataset's vocabulary."""
+    vocab_size = recipe.vocab_size or dataset.vocab_size
+    if vocab_size < dataset.vocab_size:
+        raise ValueError(
+            f"vocab_size={vocab_size} is smaller than the {dataset.vocab_size} entries of the dataset's tokenizer: "
+            "leave vocab_size out"
+        )
+    try:
+        return GPT2ReproConfig(
+            **shape, vocab_size=vocab_size, bos_token_id=dataset.eot_id, eos_token_id=dataset.eot_id,
+            resid_pdrop=recipe.dropout, embd_pdrop=recipe.dropout, attn_pdrop=recipe.dropout,
+        )  # fmt: skip
+    except StrictDataclassError as error:
+        raise ValueError(str(error).split("ValueError: ")[-1]) from None
+
+
+def check_init_from(recipe, found: GPT2ReproConfig, wanted: GPT2ReproConfig) -> None:
+    """Refuse weights of another shape than the recipe's; a no-op for a run that starts from its own."""
+    names = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+    wrong = [f"{n} is {getattr(found, n)} there, {getattr(wanted, n)} here" for n in names
+             if getattr(found, n) != getattr(wanted, n)]  # fmt: skip
+    if wrong:
+        raise ValueError(f"init_from {recipe.init_from} is of another shape: {'; '.join(wrong)}")
+    found.resid_pdrop = found.embd_pdrop = found.attn_pdrop = recipe.dropout
+
+
+def prepare_dataset(recipe) -> None:
+    """Make `dataset_dir` from the recipe's source."""
+    print(f"preparing {recipe.dataset_dir} from {recipe.source}")
+    prepare(
+        source=recipe.source, files=list(recipe.files) or None, tokenizer=recipe.tokenizer, out=recipe.dataset_dir,
+        val_tokens=recipe.val_tokens,
+    )  # fmt: skip
+
+
+def seed_of(seed: int, step: int, rank: int) -> int:
+    """A seed for one process and step that resumes without a saved random state."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "little")
+
+
+def summary(run_dir: Path, *, step: int, stopped: bool) -> str:
+    """The last words of a run: where it ended and how to load it."""
+    path = run_dir / "latest"
+    if stopped:
+        return f"stopped by a signal after saving step {step} in {path}; run the same command again to go on"
+    return (
+        f"done: step {step}, {path}\n\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{path}", trust_remote_code=True)\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{path}")'
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
