@@ -140,17 +140,13 @@ class Tree:
         return cls(tokens, positions, branches, predicted_at, [token for target in targets for token in target])
 
 
-def grow_trees(items: Sequence[Sequences], *, share: bool, max_length: int) -> list[Tree]:
-    """The rows of the items in their order: one each, or one per choice where that may not be or would be too long."""
-    trees = []
-    for item in items:
+def grow_trees(item: Sequences, *, share: bool, max_length: int) -> list[Tree]:
+    """One row for all choices of an item, or one for each where they may not share or would be too long together."""
+    if share:
         tree = Tree.grow(item.inputs, item.targets)
-        if share and len(tree.tokens) <= max_length:
-            trees.append(tree)
-        else:
-            pairs = zip(item.inputs, item.targets, strict=True)
-            trees += [Tree.grow([own], [target]) for own, target in pairs]
-    return trees
+        if len(tree.tokens) <= max_length:
+            return [tree]
+    return [Tree.grow([own], [target]) for own, target in zip(item.inputs, item.targets, strict=True)]
 
 
 def _padded(rows: list[list[int]], filler: int, device: torch.device) -> torch.Tensor:
@@ -170,8 +166,8 @@ def _tree_mask(branches: torch.Tensor, model) -> torch.Tensor:
     return torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
-def _token_scores(model, trees: list[Tree], *, tree_model: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 log-probability of every target of a batch, and whether it is the likeliest token; both (targets,)."""
+def _token_scores(model, trees: list[Tree], *, tree_model: bool, greedy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 log-probability of every target of a batch and, if `greedy`, whether it is the likeliest; (targets,)."""
     device = model.device
     input_ids = _padded([tree.tokens for tree in trees], 0, device)  # (B, T)
     T = input_ids.shape[1]
@@ -184,17 +180,17 @@ def _token_scores(model, trees: list[Tree], *, tree_model: bool) -> tuple[torch.
             arguments["attention_mask"] = _tree_mask(branches, model)
             arguments["position_ids"] = _padded([tree.positions for tree in trees], 0, device)
         states = model.base_model(input_ids, use_cache=False, **arguments).last_hidden_state  # (B, T, C)
-        return _score_columns(states.flatten(0, 1), model.get_output_embeddings(), columns, targets)
+        return _score_columns(states.flatten(0, 1), model.get_output_embeddings(), columns, targets, greedy)
     logits = model(input_ids, use_cache=False).logits  # (B, T, V)
-    return _score_columns(logits.flatten(0, 1), torch.nn.Identity(), columns, targets)
+    return _score_columns(logits.flatten(0, 1), torch.nn.Identity(), columns, targets, greedy)
 
 
-def _score_columns(states, head, columns: np.ndarray, targets: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def _score_columns(states, head, columns: np.ndarray, targets: np.ndarray, greedy: bool):
     """What `_token_scores` returns, from states (B * T, C): the head and the softmax of HEAD_ROWS of them at once."""
     # The last token of a context predicts the first one of every choice, yet goes through the head once.
     unique, back = np.unique(columns, return_inverse=True)
     log_probs = torch.empty(len(targets), device=states.device)
-    likeliest = torch.empty(len(targets), dtype=torch.bool, device=states.device)
+    likeliest = torch.zeros(len(targets), dtype=torch.bool, device=states.device)
     for first in range(0, len(unique), HEAD_ROWS):
         which = np.flatnonzero((first <= back) & (back < first + HEAD_ROWS))
         index = np.stack([which, back[which] - first, targets[which]])
@@ -204,7 +200,8 @@ def _score_columns(states, head, columns: np.ndarray, targets: np.ndarray) -> tu
         )
         logits = head(states[rows]).float()  # (HEAD_ROWS, V)
         log_probs[which] = logits[row, target] - logits.logsumexp(-1)[row]
-        likeliest[which] = logits.argmax(-1)[row] == target
+        if greedy:
+            likeliest[which] = logits.argmax(-1)[row] == target
     return log_probs, likeliest
 
 
@@ -228,14 +225,17 @@ def score_items(
         raise ValueError(f"batch_size is {batch_size}: give at least 1")
     tree_model = model.config.model_type in TREE_MODELS
     share = share_prefix and tree_model and model.config._attn_implementation in ("sdpa", "eager")
-    cost = [max(map(len, item.inputs)) for item in items]
-    mine = sorted(range(len(items)), key=lambda index: (-cost[index], index))[rank::world_size]
+    greedy = any(len(item.targets) == 1 for item in items)  # what a single continuation is judged by
+    limit = max_positions(model)
+    grown = [grow_trees(item, share=share, max_length=limit) for item in items]
+    size = [max(len(tree.tokens) for tree in trees) for trees in grown]
+    mine = sorted(range(len(items)), key=lambda index: (-size[index], index))[rank::world_size]
     batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
     parts = []
     with torch.compiler.set_stance("force_eager"):
         for batch in tqdm(batches, desc=progress, unit="batch", disable=progress is None or rank > 0):
-            trees = grow_trees([items[index] for index in batch], share=share, max_length=max_positions(model))
-            parts.append(_token_scores(model, trees, tree_model=tree_model))
+            trees = [tree for index in batch for tree in grown[index]]
+            parts.append(_token_scores(model, trees, tree_model=tree_model, greedy=greedy))
     if not parts:
         return []
     # Read once, at the end: a read at every batch would let the device wait for the host.
