@@ -1,8 +1,8 @@
 """What a prepared dataset holds: tokens, documents, sources, first lines, and whether it is still what was written.
 
-    python -m gpt2repro.data.inspect data/python-docs                       # several folders count as one dataset
+    python -m gpt2repro.data.inspect data/python-docs             # several folders count as one dataset
     python -m gpt2repro.data.inspect data/python-docs --histogram lengths.png
-    python -m gpt2repro.data.inspect data/python-docs --verify              # every sha256 again; exit code 1 if one differs
+    python -m gpt2repro.data.inspect data/python-docs --verify    # every sha256 again; exit code 1 if one differs
 
 Prints a page of text; --histogram draws the lengths of the documents in the first --sample tokens of each split.
 """

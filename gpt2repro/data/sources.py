@@ -17,7 +17,8 @@ import json
 import platform
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,6 @@ class Source:
     parts: int = 1  # into how many parts it divides without each of them reading the whole
     one_document: bool = False
     token_bytes: float | None = None  # an estimate, for the disk
-    options: dict = field(default_factory=dict)
 
     def documents(self, position: Any = None) -> Iterator[Document]:
         raise NotImplementedError
@@ -95,10 +95,7 @@ class PythonDocs(Source):
     """English that every Python carries: its language reference, and the standard library's long docstrings."""
 
     def __init__(self) -> None:
-        from pydoc_data.topics import topics
-
-        # By set and sort: the same text in whichever order the file system lists the library.
-        self._texts = sorted({*topics.values()}) + sorted(_docstrings() - {*topics.values()})
+        self._texts = _python_texts()
         digest = hashlib.sha256("\0".join(self._texts).encode()).hexdigest()
         super().__init__({"name": "python-docs", "python": platform.python_version(), "sha256": digest})
         self.token_bytes = sum(map(len, self._texts)) * TOKEN_BYTES_PER_FILE_BYTE[".txt"]
@@ -106,6 +103,14 @@ class PythonDocs(Source):
     def documents(self, position: Any = None) -> Iterator[Document]:
         for index in range(position or 0, len(self._texts)):
             yield Document(self._texts[index].encode(), None, index + 1, (index + 1) / len(self._texts))
+
+
+@cache
+def _python_texts() -> list[str]:
+    from pydoc_data.topics import topics
+
+    # By set and sort: the same text in whichever order the file system lists the library.
+    return sorted({*topics.values()}) + sorted(_docstrings() - {*topics.values()})
 
 
 def _docstrings() -> set[str]:
