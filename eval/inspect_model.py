@@ -16,6 +16,7 @@ import torch
 from eval.loading import load_from, model_arguments, run_command, write_json
 
 CHANNELS = (0.2, 0.5, 0.8)  # which channels are drawn as curves, as places between the first and the last
+BINS = 61  # of a histogram
 POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")
 KINDS = {"token embedding": "wte", "position embedding": "wpe", "attention": "attn", "MLP": "mlp"}
 
@@ -99,7 +100,7 @@ def _draw_positions(picture, curves, cosines, table: torch.Tensor) -> None:
         channel = int(place * table.shape[1])
         curves.plot(table[:, channel], linewidth=0.9, label=f"channel {channel}")
     median = roughness(table).median().item()
-    curves.set(title=f"single channels (median roughness {median:.3f}; noise is 1)", xlabel="position")
+    curves.set(title=f"channels over positions (roughness {median:.3f}, noise is 1)", xlabel="position")
     curves.legend(frameon=False, fontsize=8)
     curves.grid(alpha=0.25)
     image = cosines.imshow(similarity(table), cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest")
@@ -110,12 +111,12 @@ def _draw_positions(picture, curves, cosines, table: torch.Tensor) -> None:
 def _draw_histograms(panel, model) -> None:
     for kind, values in weights_by_kind(model).items():
         reach = 5 * values.std().item()
-        counts = torch.histc(values, bins=201, min=-reach, max=reach)
-        centres = torch.linspace(-reach, reach, 201)
-        density = counts / counts.sum() / (2 * reach / 201)
+        counts = torch.histc(values, bins=BINS, min=-reach, max=reach)
+        centres = torch.linspace(-reach, reach, BINS)
+        density = counts / counts.sum() / (2 * reach / BINS)
         panel.plot(centres, density, linewidth=1.2, label=f"{kind}, std {values.std().item():.3f}")
-    panel.set(title="weights", xlabel="value", ylabel="density", yscale="log")
-    panel.legend(frameon=False, fontsize=8)
+    panel.set(title="weights by kind", xlabel="value", ylabel="density", yscale="log")
+    panel.legend(frameon=False, fontsize=8, loc="lower center")
     panel.grid(alpha=0.25)
 
 

@@ -55,7 +55,7 @@ class Run:
         train, val = (self.series(kind, "loss", "step") for kind in ("train", "val"))
         speed = self.series("train", "tokens_per_second", "step")[1]
         last = self.rows[-1]
-        figures = {"steps": f"{last['step']:,}", "tokens": f"{max(row.get('tokens', 0) for row in self.rows):,}"}
+        figures = {"steps": f"{last['step']:,}", "tokens": f"{max(row['tokens'] or 0 for row in self.rows):,}"}
         figures["last train loss"] = f"{train[1][-1]:.4f}" if train[1] else "–"
         figures["last val loss"] = f"{val[1][-1]:.4f}" if val[1] else "–"
         best = min(zip(val[1], val[0], strict=True), default=None)
@@ -104,6 +104,9 @@ def read_run(folder: str | Path) -> Run:
         rows[key] = row
     if not rows:
         raise ValueError(f"{file} has no rows yet: wait for the first step of the run")
+    tokens_at = {row["step"]: row["tokens"] for row in rows.values() if row.get("tokens") is not None}
+    for row in rows.values():
+        row.setdefault("tokens", tokens_at.get(row["step"]))
     info_file = folder / "run.json"
     info = json.loads(info_file.read_text(encoding="utf-8")) if info_file.is_file() else {}
     return Run(folder.resolve().name, info, sorted(rows.values(), key=lambda row: row["step"]))
@@ -129,9 +132,8 @@ def curves_png(runs: list[Run]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display and no global state
     from matplotlib.figure import Figure
 
-    axis = (
-        "tokens" if all(row.get("tokens") for run in runs for row in run.rows if row["kind"] != "sample") else "step"
-    )
+    drawn = [row for run in runs for row in run.rows if row["kind"] in ("train", "val", "eval")]
+    axis = "step" if any(row["tokens"] is None for row in drawn) else "tokens"
     tasks = sorted({score_label(row) for run in runs for row in run.rows if row["kind"] == "eval"})
     columns = 2 if tasks else 1
     figure = Figure(figsize=(6.4 * columns, 4.4), dpi=150, layout="constrained")

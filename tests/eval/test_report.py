@@ -18,7 +18,7 @@ def write_run(folder, *, floor: float, dataset: str, hellaswag: bool = True, **r
     folder.mkdir(parents=True)
     info = {"recipe": {"output_dir": str(folder), "learning_rate": 6e-4, **recipe}, "dataset": {"source": dataset}}
     (folder / "run.json").write_text(json.dumps(info))
-    rows = []
+    rows = [{"step": 0, "kind": "val", "loss": floor + 7, "tokens": 0}]
     for step in range(10, 4001, 10):
         tokens, noise = step * 524_288, 0.05 * math.sin(step * 12.9898)
         loss = floor + 7 * math.exp(-step / 400) + noise
@@ -27,7 +27,7 @@ def write_run(folder, *, floor: float, dataset: str, hellaswag: bool = True, **r
         )
         if step % 250 == 0:
             rows.append({"step": step, "kind": "val", "loss": loss - noise, "tokens": tokens})
-            score = {"acc": 0.26, "acc_norm": 0.25 + step / 80_000, "n": 10_042, "tokens": tokens}
+            score = {"acc": 0.26, "acc_norm": 0.25 + step / 80_000 + (3.05 - floor) / 10, "n": 10_042}
             if hellaswag:
                 rows.append({"step": step, "kind": "eval", "task": "hellaswag", "style": "completion", **score})
             text = f"Hello <script>alert('{step}')</script> & more"
@@ -54,6 +54,7 @@ def figure_texts(monkeypatch, folders, png):
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
     draw_curves(folders, png)
+    assert {panel.get_xlabel() for panel in drawn[0].axes} == {"tokens"}
     return [text.get_text() for text in drawn[0].findobj(Text) if text.get_text()]
 
 
@@ -93,7 +94,10 @@ def test_the_table_shows_figures_and_the_settings_that_differ(two_runs):
     table = {row[0]: row[1:] for row in compare_table([read_run(folder) for folder in two_runs])}
     assert table["tokens"] == ["2,097,152,000"] * 2
     assert table["optimizer"] == ["adamw", "muon"]
-    assert table["hellaswag (completion)"] == ["acc 26.00 %, acc_norm 30.00 % of 10,042"] * 2
+    assert table["hellaswag (completion)"] == [
+        "acc 26.00 %, acc_norm 30.00 % of 10,042",
+        "acc 26.00 %, acc_norm 30.70 % of 10,042",
+    ]
     assert float(table["last val loss"][0]) == pytest.approx(3.0503, abs=1e-4)
     assert "learning_rate" not in table
     assert "output_dir" not in table
