@@ -53,7 +53,11 @@ def fast_encoder(tokenizer_file: Path) -> Encode:
     def encode(text: str) -> np.ndarray:
         nonlocal tokenizer, left
         if left <= 0:
-            tokenizer, left = gigatoken.Tokenizer.from_json(json.dumps(content)), RENEW_BYTES
+            try:
+                tokenizer, left = gigatoken.Tokenizer.from_json(json.dumps(content)), RENEW_BYTES
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"--fast does not know this kind of tokenizer ({reason}); leave it out") from error
         left -= len(text)
         return tokenizer.encode(text)
 
