@@ -32,7 +32,7 @@ from gpt2repro.cli import UsageError, parse_recipe, write_recipe
 from gpt2repro.data.loader import TrainLoader, validation_batches
 from gpt2repro.data.order import WindowOrder
 from gpt2repro.data.prepare import prepare
-from gpt2repro.data.shards import open_dataset
+from gpt2repro.data.shards import open_dataset, tokenizer_sha256
 from gpt2repro.hub.convert import load_as_gpt2repro
 from gpt2repro.training.checkpoints import find_checkpoint, load_checkpoint, remove_unfinished, save_checkpoint
 from gpt2repro.training.guards import STOPPED_BY_SIGNAL, BadSteps, StopSignal, on_main_process
@@ -72,6 +72,7 @@ def train(recipe) -> int:
     accelerator = start_accelerator(recipe)
     transformers_logging.disable_progress_bar()  # a bar for every file of every checkpoint
     device = accelerator.device
+    compiled = compile_wanted(recipe, device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
 
@@ -79,6 +80,7 @@ def train(recipe) -> int:
     if recipe.source and not (Path(recipe.dataset_dir) / "dataset.json").exists():
         on_main_process(accelerator, lambda: prepare_dataset(recipe))
     dataset = open_dataset(recipe.dataset_dir, tokenizer=recipe.tokenizer)
+    check_tokenizer(recipe, dataset)
     config = model_config(recipe, shape, dataset)
     tokenizer = AutoTokenizer.from_pretrained(dataset.tokenizer)
     train_stream, val_stream = dataset.split("train"), dataset.split("val")
@@ -109,7 +111,6 @@ def train(recipe) -> int:
         accelerator, lambda: claim_run_folder(recipe, dataset=facts, model=describe, world_size=world_size)
     )
     run_dir = Path(recipe.output_dir)
-    compiled = compile_wanted(recipe, device)
     if compiled:
         # In place and before prepare: one graph, clean state-dict keys, and no_sync keeps working. DDPOptimizer would
         # split the graph at every bucket.
@@ -281,6 +282,21 @@ def model_config(recipe, shape: dict[str, int], dataset) -> GPT2ReproConfig:
         )  # fmt: skip
     except StrictDataclassError as error:
         raise ValueError(str(error).split("ValueError: ")[-1]) from None
+
+
+def check_tokenizer(recipe, dataset) -> None:
+    """Refuse a recipe whose tokenizer is not the dataset's, as far as that can be known without a network."""
+    wanted = recipe.tokenizer or ""
+    if wanted.startswith("train:") and wanted != f"train:{dataset.vocab_size}":
+        raise ValueError(
+            f"tokenizer is {wanted}, but {recipe.dataset_dir} has one of {dataset.vocab_size} entries: "
+            "leave tokenizer out, or give another dataset_dir to prepare"
+        )
+    if wanted and Path(wanted).is_dir() and tokenizer_sha256(wanted) != dataset.tokenizer_sha256:
+        raise ValueError(
+            f"tokenizer {wanted} is not the one that {recipe.dataset_dir} was prepared with: leave tokenizer out, "
+            "or give another dataset_dir to prepare"
+        )
 
 
 def check_init_from(recipe, found: GPT2ReproConfig, wanted: GPT2ReproConfig) -> None:

@@ -1,6 +1,9 @@
-"""What all tests share: the folder of real data, where there is one."""
+"""What all tests share: real data where there is some, a small prepared dataset, and a way to run the script."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,3 +18,72 @@ def shared_dir() -> Path:
     if not shared.is_dir():
         pytest.skip(f"no real data at {shared}: set GPT2REPRO_SHARED to the folder that holds data/")
     return shared
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory) -> Path:
+    """The documentation of this Python, prepared with a byte-level BPE of 512 entries."""
+    from gpt2repro.data.prepare import prepare
+
+    return prepare(source="python-docs", tokenizer="train:512", out=tmp_path_factory.mktemp("data") / "python-docs")
+
+
+# Two layers of 32 channels: a whole run takes seconds, most of them for imports.
+TINY = {
+    "model": "demo", "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32, "seq_len": 32,
+    "global_batch_tokens": 256, "micro_batch_size": 4, "max_steps": 8, "warmup_steps": 2, "learning_rate": 3e-3,
+    "eval_every": 4, "eval_tokens": 1024, "sample_every": 0, "save_every": 3, "mixed_precision": "no",
+}  # fmt: skip
+
+
+class TrainScript:
+    """train_accelerate.py on the tiny dataset, in a process of its own, one thread each: bits must not depend on it."""
+
+    def __init__(self, dataset: Path) -> None:
+        self.dataset = dataset
+
+    def flags(self, output_dir: Path, **fields) -> list[str]:
+        """The command line of a run with `fields` of the recipe changed."""
+        recipe = {**TINY, "dataset_dir": self.dataset, "output_dir": output_dir, **fields}
+        return [word for name, value in recipe.items() for word in (f"--{name}", str(value))]
+
+    def start(self, output_dir: Path, *, processes: int = 1, env: dict | None = None, **fields) -> subprocess.Popen:
+        """The script, started; standard output and error come together."""
+        command = [sys.executable]
+        if processes > 1:
+            config = ROOT / "accelerate_configs" / "cpu_2proc.yaml"
+            command += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes",
+                        str(processes), "--main_process_port", "0"]  # fmt: skip
+        command += [str(ROOT / "train_accelerate.py"), *self.flags(output_dir, **fields)]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        )  # fmt: skip
+
+    def __call__(self, output_dir: Path, *, exit_code: int = 0, **settings) -> str:
+        """A whole run; returns what it printed."""
+        process = self.start(output_dir, **settings)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == exit_code, output
+        return output
+
+
+@pytest.fixture(scope="session")
+def train_script(tiny_dataset) -> TrainScript:
+    return TrainScript(tiny_dataset)
+
+
+@pytest.fixture(scope="session")
+def unbroken_run(train_script, tmp_path_factory) -> Path:
+    """The folder of a tiny run of one process that nothing interrupted: 8 steps of 2 micro steps of 4 sequences."""
+    run_dir = tmp_path_factory.mktemp("runs") / "unbroken"
+    train_script(run_dir)
+    return run_dir
+
+
+def train_rows(run_dir: Path, kind: str = "train") -> dict[int, dict]:
+    """The rows of one kind in a run's metrics, by step; a step that stands there twice is a failure."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["kind"] == kind]
+    assert len({row["step"] for row in rows}) == len(rows)
+    return {row["step"]: row for row in rows}

@@ -52,7 +52,7 @@ class BadSteps:
                 f"{what}; on_bad_step is stop: resume from the last checkpoint with a lower learning_rate"
             )
         if self.in_a_row > self.recipe.max_bad_steps:
-            raise ValueError(f"{what}, the {self.in_a_row}th in a row (max_bad_steps={self.recipe.max_bad_steps})")
+            raise ValueError(f"{what}; {self.in_a_row} in a row are more than max_bad_steps={self.recipe.max_bad_steps}")
         return True
 
 

@@ -1,0 +1,210 @@
+"""What people get wrong: one clear line for each mistake, all of a configuration's together, nothing written over."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import train_accelerate
+from tests.conftest import TINY
+
+
+@pytest.fixture
+def refused(tmp_path, tiny_dataset, capsys):
+    """Run the script in this process with fields changed; returns its error lines after checking the exit code."""
+
+    def run(*, exit_code: int = 1, extra: tuple[str, ...] = (), **fields) -> list[str]:
+        recipe = {**TINY, "dataset_dir": tiny_dataset, "output_dir": tmp_path / "run", **fields}
+        flags = [word for name, value in recipe.items() for word in (f"--{name}", str(value))]
+        assert train_accelerate.main([*flags, *extra]) == exit_code
+        lines = capsys.readouterr().err.splitlines()
+        assert lines
+        assert all(line.startswith("error: ") for line in lines if not line.startswith("["))
+        return lines
+
+    yield run
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def dataset_copy(tiny_dataset, tmp_path):
+    return shutil.copytree(tiny_dataset, tmp_path / "dataset")
+
+
+def test_an_unknown_flag_is_named_with_its_nearest_neighbour(refused):
+    (line,) = refused(exit_code=2, extra=("--learning_rat", "1e-3"))
+    assert line == "error: unknown flag: --learning_rat; did you mean learning_rate?"
+
+
+def test_an_unknown_recipe_key_and_wrong_types_are_named_together(tmp_path, capsys):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("max_step: 10\nlearning_rate: fast\nshuffle: maybe\nseq_len: 10.5\nwarmup_steps: [1]\n")
+    assert train_accelerate.main(["--recipe", str(recipe), "--output_dir", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: unknown recipe key in {recipe}: max_step; did you mean max_steps?",
+        "error: learning_rate is 'fast': expected a number",
+        "error: shuffle is 'maybe': expected true or false",
+        "error: seq_len is 10.5: expected a whole number",
+        "error: warmup_steps is [1]: expected a whole number",
+    ]
+
+
+def test_a_recipe_that_is_missing_or_no_yaml_is_refused(tmp_path, capsys):
+    (tmp_path / "broken.yaml").write_text("a: [")
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    for name, expected in (
+        ("nowhere.yaml", "recipes beside it:"),
+        ("broken.yaml", "cannot be read"),
+        ("list.yaml", "expected lines of the form"),
+    ):
+        assert train_accelerate.main(["--recipe", str(tmp_path / name)]) == 2
+        assert expected in capsys.readouterr().err
+
+
+def test_all_problems_of_a_recipe_are_named_at_once(refused):
+    lines = refused(model="gpt3", schedule="linear", beta2=1.5, micro_batch_size=3, warmup_steps=8, grad_clip=-1)
+    assert [line.split(":")[1].split()[0] for line in lines] == [
+        "model", "schedule", "grad_clip", "beta2", "warmup_steps=8", "global_batch_tokens=256",
+    ]  # fmt: skip
+
+
+def test_a_global_batch_that_does_not_divide_names_the_micro_batch_sizes_that_do(refused):
+    (line,) = refused(micro_batch_size=3)
+    assert "global_batch_tokens=256 is not a multiple of 3 * 32 * 1 = 96" in line
+    assert line.endswith("give a micro_batch_size of 1, 2, 4, 8")
+
+
+def test_a_global_batch_that_no_micro_batch_divides_names_the_nearest(refused):
+    (line,) = refused(global_batch_tokens=250)
+    assert line.endswith("no micro batch size divides it; the nearest that works is 256")
+
+
+def test_a_sequence_longer_than_n_positions_is_refused(refused):
+    (line,) = refused(seq_len=64)
+    assert "seq_len=64 is longer than the model's n_positions=32" in line
+
+
+def test_heads_that_do_not_divide_the_channels_are_refused(refused):
+    (line,) = refused(n_head=3)
+    assert "n_embd=32 is not a multiple of n_head=3" in line
+
+
+def test_a_missing_dataset_is_refused(refused, tmp_path):
+    (line,) = refused(dataset_dir=tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in line
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"format_version": 1}', "[]"])
+def test_a_dataset_without_or_with_a_broken_record_is_refused(refused, dataset_copy, content):
+    record = dataset_copy / "dataset.json"
+    record.unlink() if content is None else record.write_text(content)
+    assert any("dataset" in line for line in refused(dataset_dir=dataset_copy))
+
+
+def test_a_missing_shard_is_named(refused, dataset_copy):
+    (dataset_copy / "train-00000.npy").unlink()
+    assert any("train-00000.npy" in line for line in refused(dataset_dir=dataset_copy))
+
+
+def test_a_tokenizer_that_is_not_the_datasets_is_refused(refused, tmp_path, tiny_dataset):
+    from transformers import AutoTokenizer
+
+    other = AutoTokenizer.from_pretrained(tiny_dataset)
+    other.add_tokens(["<|other|>"])
+    other.save_pretrained(tmp_path / "other")
+    for tokenizer in (tmp_path / "other", "train:600"):
+        lines = refused(tokenizer=tokenizer)
+        assert any("tokenizer" in line for line in lines), lines
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(refused):
+    (line,) = refused(vocab_size=300)
+    assert "vocab_size=300 is smaller than the 512 entries of the dataset's tokenizer" in line
+
+
+def test_token_ids_past_the_vocabulary_are_refused_with_their_place(dataset_copy, tmp_path, capsys):
+    shard = np.load(dataset_copy / "train-00000.npy", mmap_mode="r+")
+    shard[:] = 60_000
+    shard.flush()
+    recipe = {**TINY, "dataset_dir": dataset_copy, "output_dir": tmp_path / "run", "eval_every": 0}
+    assert train_accelerate.main([word for k, v in recipe.items() for word in (f"--{k}", str(v))]) == 1
+    error = capsys.readouterr().err
+    assert "token id 60,000 at position" in error
+    assert "train-00000.npy" in error
+    assert "vocab_size 512" in error
+
+
+def test_an_unwritable_output_folder_is_refused(refused, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    (line,) = refused(output_dir=tmp_path / "file" / "run")
+    assert str(tmp_path / "file") in line
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(refused, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("mine")
+    (line,) = refused(output_dir=tmp_path / "thesis")
+    assert "is not empty and holds no run" in line
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter1.tex"]
+
+
+def test_a_folder_that_holds_another_run_is_left_alone(refused, unbroken_run, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in unbroken_run.rglob("*")}
+    (line,) = refused(output_dir=unbroken_run, learning_rate=1e-3, seed=7)
+    assert "learning_rate is 0.003 there and 0.001 here; seed is 1337 there and 7 here" in line
+    (line,) = refused(output_dir=unbroken_run, resume="never")
+    assert "holds a run and resume is never" in line
+    assert {path: path.stat().st_mtime_ns for path in unbroken_run.rglob("*")} == before
+
+
+def test_a_damaged_checkpoint_is_named_and_previous_is_used_only_when_asked(unbroken_run, train_script, tmp_path):
+    run_dir = shutil.copytree(unbroken_run, tmp_path / "damaged", symlinks=True)
+    model = run_dir / "step-00000008" / "model.safetensors"
+    content = bytearray(model.read_bytes())
+    content[-1] ^= 1
+    model.write_bytes(content)
+    output = train_script(run_dir, exit_code=1)
+    assert "step-00000008/model.safetensors is damaged" in output
+    assert "--resume previous" in output
+    assert model.read_bytes() == content
+    assert "step-00000006" in train_script(run_dir, resume="previous")
+    assert model.read_bytes() == (unbroken_run / "step-00000008" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("resume", ["previous", "nowhere"])
+def test_a_checkpoint_to_resume_from_that_is_not_there_is_refused(tmp_path, resume):
+    from gpt2repro.training.checkpoints import find_checkpoint
+
+    with pytest.raises(ValueError, match=f"resume is .?{resume}"):
+        find_checkpoint(tmp_path, resume)
+
+
+def test_weights_of_another_shape_are_refused(refused, unbroken_run):
+    (line,) = refused(init_from=unbroken_run / "latest", n_embd=64, output_dir=unbroken_run.parent / "other")
+    assert "is of another shape: n_embd is 32 there, 64 here" in line
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "fields", "expected"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "fp16", {}, "this loop has no loss scaling"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", {"mixed_precision": "no"}, "mixed_precision is no in the recipe"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", {}, "gradient_accumulation_steps=4, the recipe's batch gives 2"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", {"compile": "false"}, "compile is false in the recipe"),
+    ],
+)
+def test_a_launcher_that_contradicts_the_recipe_is_an_error_that_names_both(
+    refused, monkeypatch, variable, value, fields, expected
+):
+    monkeypatch.setenv(variable, value)
+    (line,) = refused(**fields)
+    assert expected in line
+
+
+def test_a_record_of_a_run_that_cannot_be_read_is_refused(refused, tmp_path):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "run.json").write_text(json.dumps({"recipe": {}}))
+    (line,) = refused(output_dir=tmp_path / "odd")
+    assert "run.json cannot be read" in line

@@ -1,0 +1,172 @@
+"""The script as people run it: real processes, real checkpoints, kills and signals."""
+
+import math
+import os
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, train_rows
+
+
+def weights(run_dir):
+    return load_file(run_dir / "latest" / "model.safetensors")
+
+
+def assert_same_bits(run_dir, expected_dir):
+    """Every tensor of the last checkpoint, the optimizer's too, and every logged loss."""
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        found = load_file(run_dir / "latest" / file)
+        expected = load_file(expected_dir / "latest" / file)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    for kind in ("train", "val"):
+        found, expected = train_rows(run_dir, kind), train_rows(expected_dir, kind)
+        assert {s: row["loss"] for s, row in found.items()} == {s: row["loss"] for s, row in expected.items()}
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_run_starts_at_ln_vocab_and_learns(unbroken_run):
+    losses = {step: row["loss"] for step, row in train_rows(unbroken_run).items()}
+    validations = {step: row["loss"] for step, row in train_rows(unbroken_run, "val").items()}
+    assert list(losses) == list(range(1, 9))
+    assert list(validations) == [0, 4, 8]
+    assert validations[0] == pytest.approx(math.log(512), abs=0.15)
+    assert validations[8] < validations[4] < validations[0] - 0.05
+
+
+def test_a_run_leaves_its_record_and_the_checkpoints_it_was_asked_to_keep(unbroken_run):
+    assert sorted(path.name for path in unbroken_run.iterdir()) == [
+        "latest", "metrics.jsonl", "recipe.yaml", "run.json", "step-00000006", "step-00000008",
+    ]  # fmt: skip
+    assert os.readlink(unbroken_run / "latest") == "step-00000008"
+    assert not [path for path in unbroken_run.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".pth")]
+
+
+def test_the_saved_recipe_runs_the_same_again(unbroken_run, train_script, tmp_path):
+    from train_accelerate import DEFAULT_RECIPE, parse_recipe
+
+    saved = parse_recipe(["--recipe", str(unbroken_run / "recipe.yaml")], default=DEFAULT_RECIPE)
+    assert saved == parse_recipe(train_script.flags(unbroken_run), default=DEFAULT_RECIPE)
+
+
+def test_two_processes_equal_one_bitwise(unbroken_run, train_script, tmp_path):
+    train_script(tmp_path / "run", processes=2)
+    assert_same_bits(tmp_path / "run", unbroken_run)
+
+
+def test_one_micro_step_of_eight_equals_eight_of_one(unbroken_run, train_script, tmp_path):
+    for name, size in (("whole", 8), ("single", 1)):
+        train_script(tmp_path / name, micro_batch_size=size)
+    whole, single = weights(tmp_path / "whole"), weights(tmp_path / "single")
+    for name, tensor in whole.items():
+        torch.testing.assert_close(single[name], tensor, atol=2e-5, rtol=1e-4)
+    one, eight = train_rows(tmp_path / "whole"), train_rows(tmp_path / "single")
+    assert all(eight[step]["loss"] == pytest.approx(row["loss"], abs=1e-5) for step, row in one.items())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_resume_after_a_kill_continues_bit_exactly(unbroken_run, train_script, tmp_path, processes):
+    run_dir = tmp_path / "run"
+    process = train_script.start(run_dir, processes=processes)
+    wait_for(run_dir / "step-00000003", process)
+    if processes == 2:  # the launcher, and with it the ranks that it would otherwise leave behind
+        os.system(f"pkill -KILL -P {process.pid}")
+    process.kill()
+    process.communicate()
+    assert not (run_dir / "step-00000008").exists()
+    assert "resumed from" in train_script(run_dir, processes=processes)
+    assert_same_bits(run_dir, unbroken_run)
+
+
+def test_sigterm_saves_at_the_step_and_exits_75_and_the_run_goes_on_bit_exactly(unbroken_run, train_script, tmp_path):
+    run_dir = tmp_path / "run"
+    process = train_script.start(run_dir)
+    wait_for(run_dir / "step-00000003", process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "stopped by a signal after saving step" in output
+    train_script(run_dir)
+    assert_same_bits(run_dir, unbroken_run)
+
+
+def test_a_dropout_run_resumes_bit_exactly(train_script, tmp_path):
+    train_script(tmp_path / "unbroken", dropout=0.1)
+    train_script(tmp_path / "run", dropout=0.1, keep_last=0)
+    for newer in ("step-00000006", "step-00000008"):
+        for file in (tmp_path / "run" / newer).iterdir():
+            file.unlink()
+        (tmp_path / "run" / newer).rmdir()
+    assert "resumed from" in train_script(tmp_path / "run", dropout=0.1)
+    assert_same_bits(tmp_path / "run", tmp_path / "unbroken")
+
+
+def test_compile_validation_and_samples_share_a_run_without_recompiling(unbroken_run, train_script, tmp_path):
+    output = train_script(
+        tmp_path / "run", compile="true", sample_every=2, sample_tokens=5, env={"TORCH_LOGS": "recompiles"}
+    )
+    lines = output.replace("\r", "\n").splitlines()
+    first_training_step = next(i for i, line in enumerate(lines) if " 1/8 " in line)
+    recompiled = [i for i, line in enumerate(lines) if "Recompiling function" in line]
+    # The validation at step 0 compiles its graph, the first step one of its own; nothing after that.
+    assert len(recompiled) == 1, output
+    assert recompiled[0] <= first_training_step
+    assert sum("sample: Hello" in line for line in lines) == 4 * 4
+    for kind in ("train", "val"):
+        eager, compiled = train_rows(unbroken_run, kind), train_rows(tmp_path / "run", kind)
+        assert all(compiled[step]["loss"] == pytest.approx(row["loss"], abs=1e-4) for step, row in eager.items())
+
+
+def test_bf16_stays_close_to_fp32(unbroken_run, train_script, tmp_path):
+    output = train_script(tmp_path / "run", mixed_precision="bf16", gradient_checkpointing="true")
+    assert "bf16 mixed precision" in output
+    full, half = train_rows(unbroken_run), train_rows(tmp_path / "run")
+    assert all(half[step]["loss"] == pytest.approx(row["loss"], abs=0.02) for step, row in full.items())
+    assert half != full
+    assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float32}
+
+
+def test_a_bad_step_is_not_applied_and_too_many_stop_the_run(train_script, tmp_path):
+    output = train_script(tmp_path / "run", learning_rate=1e30, max_bad_steps=2, grad_clip=0, exit_code=1)
+    assert "error: step" in output
+    assert "3 in a row are more than max_bad_steps=2" in output
+    bad = train_rows(tmp_path / "run", "bad_step")
+    assert len(bad) == 2
+    assert all(len(row["window_starts"]) == 8 for row in bad.values())
+
+
+def test_a_run_starts_from_stock_gpt2_weights(unbroken_run, train_script, tmp_path):
+    from gpt2repro.hub.convert import load_as_gpt2repro, to_stock
+
+    to_stock(load_as_gpt2repro(unbroken_run / "latest")).save_pretrained(tmp_path / "stock")
+    train_script(tmp_path / "run", init_from=tmp_path / "stock", max_steps=3)
+    continued, unbroken = train_rows(tmp_path / "run", "val"), train_rows(unbroken_run, "val")
+    assert continued[0]["loss"] == pytest.approx(unbroken[8]["loss"], abs=1e-5)
+    assert continued[3]["loss"] < unbroken[8]["loss"]
+
+
+def test_two_processes_asked_for_and_one_started_is_an_error(train_script, tmp_path):
+    output = train_script(
+        tmp_path / "run", exit_code=1, env={"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}
+    )
+    assert "asked for several processes and started one" in output
+    assert "cpu_2proc.yaml" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_arguments_the_demo_runs():
+    from train_accelerate import DEFAULT_RECIPE, parse_recipe
+
+    assert parse_recipe([], default=DEFAULT_RECIPE).output_dir == "runs/demo"
+    assert DEFAULT_RECIPE == ROOT / "recipes" / "demo.yaml"
