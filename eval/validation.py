@@ -108,14 +108,13 @@ def bytes_per_token(tokenizer) -> np.ndarray | None:
 def _dataset_batches(arguments, model, tokenizer, *, seq_len: int) -> tuple[Batches, dict]:
     """The validation windows of a prepared dataset, and a record that counts their bytes as they pass."""
     from gpt2repro.data.loader import validation_batches
-    from gpt2repro.data.shards import open_dataset
+    from gpt2repro.data.shards import open_dataset, tokenizer_sha256
 
     dataset = open_dataset(arguments.dataset)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if dataset.vocab_size is not None and dataset.vocab_size > rows:
+    if tokenizer_sha256(tokenizer) != dataset.tokenizer_sha256:
         raise ValueError(
-            f"{arguments.dataset} was prepared with a vocabulary of {dataset.vocab_size:,} tokens, the model has "
-            f"{rows:,}: prepare it again with the model's tokenizer"
+            f"{arguments.dataset} was prepared with another tokenizer ({dataset.vocab_size:,} tokens) than the model "
+            f"has ({len(tokenizer):,} tokens): prepare the same text again with the model's"
         )
     stream = dataset.split("val")
     byte_counts, counted = bytes_per_token(tokenizer), {"bytes": 0}
@@ -130,7 +129,7 @@ def _dataset_batches(arguments, model, tokenizer, *, seq_len: int) -> tuple[Batc
             micro_batch_size=arguments.batch_size,
             rank=0,
             world_size=1,
-            vocab_size=rows,
+            vocab_size=dataset.vocab_size,
             device=model.device,
         ):
             if byte_counts is not None:

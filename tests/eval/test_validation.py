@@ -89,6 +89,60 @@ def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(bpe):
     assert bytes_per_token(bpe)[bpe.eos_token_id] == 0
 
 
+@pytest.fixture
+def prepared(tmp_path, checkpoint):
+    """A prepared dataset of the checkpoint's tokenizer, and the text of all its documents."""
+    from gpt2repro.data.prepare import prepare
+
+    texts = [f"The man number {index} throws the ball. She said “no” {index} times.\n" for index in range(80)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    files = [str(tmp_path / "texts.jsonl")]
+    out = tmp_path / "prepared"
+    prepare(source="files", files=files, tokenizer=str(checkpoint), out=out, val_tokens=600)
+    return out
+
+
+def test_a_prepared_dataset_is_measured_over_all_windows_of_its_validation_split(
+    prepared, checkpoint, tiny_model, bpe, monkeypatch, tmp_path
+):
+    from eval import validation
+    from gpt2repro.data.shards import open_dataset
+
+    output = tmp_path / "val.json"
+    command = ["validation", "--model", str(checkpoint), "--dataset", str(prepared), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", [*command, "--seq-len", "32", "--device", "cpu"])
+    validation.main()
+    result = json.loads(output.read_text())
+    stream = open_dataset(prepared).split("val")
+    windows = (stream.tokens - 1) // 32
+    ids = stream.read(0, windows * 32 + 1).tolist()
+    rows = torch.tensor(ids[:-1]).view(windows, 32)
+    with torch.no_grad():
+        log_probs = tiny_model(rows).logits.double().log_softmax(-1)
+    picked = log_probs.gather(2, torch.tensor(ids[1:]).view(windows, 32, 1))
+    assert result["tokens"] == windows * 32
+    assert result["loss"] == pytest.approx(-picked.mean().item(), abs=1e-5)
+    text_bytes = len(bpe.decode([token for token in ids[1:] if token != bpe.eos_token_id]).encode())
+    nats = result["loss"] * result["tokens"]
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=0.01)  # a cut “ at the end
+
+
+def test_a_dataset_of_another_tokenizer_is_refused(prepared, stock_model, tmp_path, monkeypatch):
+    from eval import validation
+
+    other = tmp_path / "other"
+    stock_model.save_pretrained(other)
+    (other / "tokenizer_config.json").write_text((prepared / "tokenizer_config.json").read_text())
+    tokenizer = json.loads((prepared / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    monkeypatch.setattr(sys, "argv", ["validation", "--model", str(other), "--dataset", str(prepared)])
+    with pytest.raises(ValueError, match="was prepared with another tokenizer"):
+        validation.main()
+
+
 def run_validation(*arguments):
     command = [sys.executable, "-m", "eval.validation", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
