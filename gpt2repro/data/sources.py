@@ -86,7 +86,9 @@ def open_source(
     if name == "files":
         return Files(files or [], text_field=text_field, part=part)
     if name == "tinyshakespeare":
-        return HubDataset("text", data_files=SHAKESPEARE, sample_by="document", offline="input.txt")
+        source = HubDataset("text", data_files=SHAKESPEARE, sample_by="document", offline="input.txt")
+        source.token_bytes = 1_115_394 * TOKEN_BYTES_PER_FILE_BYTE[".txt"]
+        return source
     dataset, config = (dataset, config) if name == "hub" else (HUB[name][0], config or HUB[name][1])
     return HubDataset(str(dataset), config=config, split=split, text_field=text_field, revision=revision, part=part)
 
