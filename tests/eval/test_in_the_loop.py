@@ -1,0 +1,50 @@
+"""Training, validation, benchmarks and samples on one compiled model, and what the modules need to be imported."""
+
+import json
+import subprocess
+import sys
+
+import torch
+
+from eval.multiple_choice import evaluate_tasks, prepare_task
+from eval.sample import sample
+from eval.validation import validation_loss
+
+
+def test_nothing_is_compiled_after_the_first_round_of_training_and_evaluating(fresh_model, bpe, tmp_path):
+    data = tmp_path / "piqa.jsonl"
+    rows = [{"goal": "The man " * (n + 1), "sol1": "throws " * (n + 2), "sol2": "it", "label": 0} for n in range(6)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = [prepare_task(f"piqa={data}", bpe, max_length=64)]
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(fresh_model.parameters())
+    graphs = []
+    fresh_model.compile(backend=lambda module, _: graphs.append(module) or module.forward, dynamic=False)
+    compiled_after_round, losses = [], []
+    for _ in range(3):
+        fresh_model.train()
+        inputs, targets = (torch.randint(0, 300, (2, 16), generator=generator) for _ in range(2))
+        call = {"shift_labels": targets, "num_items_in_batch": 1, "skip_logits": True, "use_cache": False}
+        fresh_model(inputs, **call).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        fresh_model.eval()
+        losses.append(validation_loss(fresh_model, [(inputs, targets)] * 2)[0])
+        evaluate_tasks(fresh_model, tasks, batch_size=2)
+        sample(fresh_model, bpe, "The man", num_samples=1, max_new_tokens=3)
+        compiled_after_round.append(len(graphs))
+    assert compiled_after_round == [2, 2, 2]  # one to train with, one to validate with
+    assert len(set(losses)) == 3
+
+
+def test_local_evaluation_imports_nothing_that_only_the_hub_pictures_or_lm_eval_need():
+    modules = "hellaswag inspect_model lm_harness loading multiple_choice report sample tasks validation".split()
+    program = f"""
+import sys
+for name in ("datasets", "evaluate", "lm_eval", "matplotlib", "pandas"):
+    sys.modules[name] = None  # an import of it fails
+for name in {modules!r}:
+    __import__("eval." + name)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
