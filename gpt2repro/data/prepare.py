@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -129,6 +130,7 @@ def _start_worker(tokenizer_file: Path, eot_id: int, dtype: np.dtype, fast: bool
     _worker_encode = partial(encoding.encode_pieces, encode, eot_id, dtype)
     parent = multiprocessing.parent_process()
     if parent is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
@@ -196,19 +198,27 @@ def prepare(
                          revision=revision, part=index_of)  # fmt: skip
     if workers < 1 or shard_tokens < 1:
         raise ValueError(f"workers {workers} and shard_tokens {shard_tokens} must be at least 1")
+    trained = tokenizer.startswith("train:")
+    if trained and not (tokenizer.removeprefix("train:").isdigit() and part == "0/1"):
+        raise ValueError(
+            f"tokenizer {tokenizer!r} for part {part}: train:N takes a number, such as train:4096, and the whole "
+            "source; for parts, train on a sample first and name its folder"
+        )
     settings = {
         "source": origin.record,
-        "tokenizer": tokenizer if tokenizer.startswith("train:") else tokenizer_sha256(tokenizer),
+        "tokenizer": tokenizer if trained else tokenizer_sha256(tokenizer),
         "validation": _validation(origin, val_tokens, val_fraction),
         "shard_tokens": shard_tokens,
         "part": part,
     }
     _refuse_other_settings(out, recorded, settings)
-    if (out / "dataset.json").exists():
-        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+    if (out / "dataset.json").exists() and not (out / UNFINISHED).exists():
         print(f"{out} is prepared already", file=sys.stderr)
         return out
     with _exclusive(out):
+        if (out / "dataset.json").exists():  # killed, or finished by another process, between the last two steps
+            shutil.rmtree(out / UNFINISHED)
+            return out
         try:
             _Preparation(out, origin, settings, tokenizer, index_of).run(workers, fast)
         except BrokenProcessPool as error:
@@ -279,7 +289,7 @@ class _Preparation:
             encoding.check_fast(tokenizer_file, _sample(self.origin))
         self._check_disk()
         work = batches(
-            self.origin.documents(self.progress.position), self.progress, fraction=self.fraction,
+            self.origin.documents(self.progress.position), deepcopy(self.progress), fraction=self.fraction,
             part=self.part_by_ordinal, encode=encoding.exact_encoder(tokenizer_file),
         )  # fmt: skip
         saved, whole_shard = time.monotonic(), False
@@ -287,8 +297,8 @@ class _Preparation:
             for batch, ids in encoded(work, workers, (tokenizer_file, self.eot_id, self.dtype, fast)):
                 with self._explained():
                     whole_shard |= self._write(ids)
+                    self.progress = batch.progress or self.progress
                     if batch.progress and (whole_shard or time.monotonic() - saved > CHECKPOINT_SECONDS):
-                        self.progress = batch.progress
                         self._save()
                         saved, whole_shard = time.monotonic(), False
                 if batch.done:

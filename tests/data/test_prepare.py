@@ -203,6 +203,8 @@ def test_a_finished_dataset_is_left_alone(unbroken: Path, large_options: list[st
         (["--files", __file__.replace(".py", ".md")], "no file matches"),
         (["--tokenizer", "train:600"], "tokenizer is"),
         (["--tokenizer", "no/such/tokenizer"], "no tokenizer loads from 'no/such/tokenizer'"),
+        (["--tokenizer", "train:big"], "train:N takes a number"),
+        (["--tokenizer", "train:600", "--part", "0/2"], "for parts, train on a sample first"),
         (["--workers", "0"], "must be at least 1"),
         (["--part", "2/2"], "the parts of 4 are 0/4, 1/4, 2/4 and 3/4"),
         (["--val-tokens", "5"], "two ways to one split"),
@@ -266,6 +268,18 @@ def test_what_is_left_out_is_counted(tmp_path: Path, dataset_folder: Path, capsy
     assert dataset.info["skipped"] == {"empty": 3, "not_text": 1, "not_utf8": 2}
     assert decoded(dataset, "train") == ["one document", "two", "a whole file"]
     assert "'not_utf8': 2" in capsys.readouterr().err
+
+
+def test_what_is_left_out_after_the_last_checkpoint_is_counted_too(
+    large_corpus: Path, dataset_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copy(large_corpus / "0.jsonl", tmp_path / "0.jsonl")
+    (tmp_path / "1.jsonl").write_text('{"text": 5}\n\n')
+    files = [str(tmp_path / "*.jsonl")]
+    out = prepare(
+        source="files", files=files, tokenizer=str(dataset_folder), out=tmp_path / "out", shard_tokens=150_000
+    )
+    assert open_dataset(out).info["skipped"] == {"empty": 1, "not_text": 1, "not_utf8": 0}
 
 
 def test_text_that_spells_the_end_of_text_token_is_text(tmp_path: Path, dataset_folder: Path) -> None:
