@@ -1,8 +1,9 @@
 # Two commands set everything up on a fresh machine: `make demo` and `make test`. Both make .venv when it is needed.
 PYTHON ?= python3
 PY := .venv/bin/python
-# More of the recipe's fields for the demonstration, e.g. DEMO="--max_steps 20 --output_dir runs/short"
+# Other fields of the demonstration's recipe, e.g. make demo DEMO="--max_steps 20 --output_dir runs/short" RUN=runs/short
 DEMO ?=
+RUN ?= runs/demo
 
 .PHONY: demo test check slow clean
 
@@ -13,7 +14,7 @@ DEMO ?=
 
 demo: .venv/.installed  ## train a small GPT-2 on Python's own documentation, draw its curves, let it write
 	.venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml train_accelerate.py --recipe recipes/demo.yaml $(DEMO)
-	$(PY) -m eval.report runs/demo --output runs/demo/curves.png
+	$(PY) -m eval.report $(RUN) --output $(RUN)/curves.png
 
 test: .venv/.installed  ## every test but the long campaigns
 	$(PY) -m pytest -q

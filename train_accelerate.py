@@ -20,12 +20,14 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from configuration_gpt2repro import NAMED_SHAPES, GPT2ReproConfig
+from eval.multiple_choice import evaluate_tasks, prepare_task
 from eval.sample import sample
 from eval.validation import validation_loss
 from gpt2repro.cli import UsageError, parse_recipe, write_recipe
@@ -54,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         gc.collect()
         PartialState().destroy_process_group()
         return exit_code
-    except (UsageError, ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if int(os.environ.get("RANK", 0)) == 0:
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr)
@@ -83,6 +85,7 @@ def train(recipe) -> int:
     check_tokenizer(recipe, dataset)
     config = model_config(recipe, shape, dataset)
     tokenizer = AutoTokenizer.from_pretrained(dataset.tokenizer)
+    tasks = [prepare_task(task, tokenizer, max_length=config.n_positions) for task in recipe.eval_tasks]
     train_stream, val_stream = dataset.split("train"), dataset.split("val")
     loader = TrainLoader(
         train_stream,
@@ -127,35 +130,39 @@ def train(recipe) -> int:
     metrics = MetricsLog(run_dir / "metrics.jsonl" if accelerator.is_main_process else None, step=first_step)
     accelerator.print(
         f"{recipe.output_dir}: {n_parameters:,} parameters, {train_stream.tokens:,} training tokens, "
-        f"step {first_step} to {recipe.max_steps}\n"
+        f"step {first_step} to {recipe.max_steps}" + (f", resumed from {found}" if found else "") + "\n"
         f"{world_size} x {device.type}, {accelerator.mixed_precision} mixed precision, "
-        f"{'compiled' if compiled else 'eager'}, {recipe.global_batch_tokens:,} tokens a step = {world_size} x {loader.accumulation} x "
-        f"{recipe.micro_batch_size} x {recipe.seq_len}" + (f"\nresumed from {found}" if found else "")
+        f"{'compiled' if compiled else 'eager'}; {recipe.global_batch_tokens:,} tokens a step = "
+        f"{world_size} processes x {loader.accumulation} micro steps x {recipe.micro_batch_size} sequences x {recipe.seq_len} tokens"
     )
 
     # ---- what happens between steps ------------------------------------------------------------------------
-    def validate(step: int) -> float:
+    def show(line: str) -> None:
+        if accelerator.is_main_process:
+            tqdm.write(line)
+
+    def validate(step: int) -> None:
+        """The loss on the validation windows, and the benchmarks of `eval_tasks`; every process does its share."""
         model.eval()
+        share = {"rank": rank, "world_size": world_size}
         batches = validation_batches(
-            val_stream,
-            seq_len=recipe.seq_len,
-            max_tokens=recipe.eval_tokens,
-            micro_batch_size=recipe.micro_batch_size,
-            rank=rank,
-            world_size=world_size,
-            vocab_size=config.vocab_size,
-            device=device,
-        )
-        loss, tokens = validation_loss(raw, batches, reduce=lambda tensor: accelerator.reduce(tensor, "sum"))
-        model.train()
-        metrics.write(
-            step, "val", loss=loss, perplexity=math.exp(min(loss, 700.0)), eval_tokens=tokens,
-            tokens=step * recipe.global_batch_tokens,
+            val_stream, seq_len=recipe.seq_len, max_tokens=recipe.eval_tokens,
+            micro_batch_size=recipe.micro_batch_size, vocab_size=config.vocab_size, device=device, **share,
         )  # fmt: skip
-        show(f"step {step:>6}  validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700.0)):,.1f}")
-        return loss
+        loss, counted = validation_loss(raw, batches, reduce=lambda tensor: accelerator.reduce(tensor, "sum"))
+        perplexity, tokens = math.exp(min(loss, 700.0)), step * recipe.global_batch_tokens
+        metrics.write(step, "val", loss=loss, perplexity=perplexity, eval_tokens=counted, tokens=tokens)
+        show(f"step {step:>6}  validation loss {loss:.4f}, perplexity {perplexity:,.1f}")
+        if tasks and step:
+            with accelerator.autocast():
+                rows = evaluate_tasks(raw, tasks, gather_object=gather_object, **share)
+            for row in rows:
+                metrics.write(step, "eval", tokens=tokens, **row)
+                show(f"step {step:>6}  " + ", ".join(f"{name} {value}" for name, value in row.items()))
+        model.train()
 
     def draw_samples(step: int) -> None:
+        """The same prompt every time; on every process, because a sharded model needs all of them to run."""
         model.eval()
         texts = sample(
             raw, tokenizer, recipe.sample_prompt, num_samples=recipe.num_samples,
@@ -175,10 +182,6 @@ def train(recipe) -> int:
         )  # fmt: skip
         metrics.write(step, "checkpoint", seconds=time.perf_counter() - began)
 
-    def show(line: str) -> None:
-        if accelerator.is_main_process:
-            tqdm.write(line)
-
     # ---- the loop ------------------------------------------------------------------------------------------
     stop, bad_steps = StopSignal(), BadSteps(recipe)
     batches = loader.batches(first_step)
@@ -187,17 +190,10 @@ def train(recipe) -> int:
         seq_len=recipe.seq_len,
     )  # fmt: skip
     peak = peak_flops(device)
-    bar = tqdm(
-        total=recipe.max_steps,
-        initial=first_step,
-        unit="step",
-        disable=not accelerator.is_main_process,
-        smoothing=0.05,
-    )
+    bar = tqdm(total=recipe.max_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
     if first_step == 0 and recipe.eval_every:
         validate(0)
-    saved = first_step
-    step = first_step
+    step = saved = first_step
     began = time.perf_counter()
     for step in range(first_step + 1, recipe.max_steps + 1):
         lr = lr_at(step - 1, recipe)

@@ -51,10 +51,8 @@ def parse_recipe(argv: list[str], *, default: str | Path) -> Recipe:
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """The resolved recipe as YAML: running it again runs the same."""
-    path.write_text(
-        yaml.safe_dump(asdict(recipe) | {"files": list(recipe.files)}, sort_keys=False, allow_unicode=True),
-        encoding="utf-8",
-    )
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(recipe).items()}
+    path.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _parser(default: str | Path) -> argparse.ArgumentParser:
@@ -71,7 +69,7 @@ def _parser(default: str | Path) -> argparse.ArgumentParser:
             *names,
             dest=item.name,
             metavar="VALUE",
-            nargs="+" if item.name == "files" else None,
+            nargs="*" if item.default == () else None,
             help=(item.metadata["help"] + shown).replace("%", "%%"),
         )
     return parser

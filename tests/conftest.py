@@ -37,7 +37,7 @@ TINY = {
 
 
 class TrainScript:
-    """train_accelerate.py on the tiny dataset, in a process of its own, one thread each: bits must not depend on it."""
+    """train_accelerate.py on the tiny dataset, in a process of its own, one thread each so that bits compare."""
 
     def __init__(self, dataset: Path) -> None:
         self.dataset = dataset

@@ -191,7 +191,12 @@ def test_weights_of_another_shape_are_refused(refused, unbroken_run):
     [
         ("ACCELERATE_MIXED_PRECISION", "fp16", {}, "this loop has no loss scaling"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", {"mixed_precision": "no"}, "mixed_precision is no in the recipe"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", {}, "gradient_accumulation_steps=4, the recipe's batch gives 2"),
+        (
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            "4",
+            {},
+            "gradient_accumulation_steps=4, the recipe's batch gives 2",
+        ),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", {"compile": "false"}, "compile is false in the recipe"),
     ],
 )

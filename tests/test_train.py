@@ -1,5 +1,6 @@
 """The script as people run it: real processes, real checkpoints, kills and signals."""
 
+import json
 import math
 import os
 import signal
@@ -112,10 +113,17 @@ def test_a_dropout_run_resumes_bit_exactly(train_script, tmp_path):
     assert_same_bits(tmp_path / "run", tmp_path / "unbroken")
 
 
-def test_compile_validation_and_samples_share_a_run_without_recompiling(unbroken_run, train_script, tmp_path):
+def test_compile_validation_hellaswag_and_samples_share_a_run_without_recompiling(
+    unbroken_run, train_script, tmp_path
+):
+    items = [
+        {"ctx": f"Return item {i} of", "endings": ["a list", "b", "the", "ccc"], "label": i % 4} for i in range(6)
+    ]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     output = train_script(
-        tmp_path / "run", compile="true", sample_every=2, sample_tokens=5, env={"TORCH_LOGS": "recompiles"}
-    )
+        tmp_path / "run", compile="true", sample_every=2, sample_tokens=5, env={"TORCH_LOGS": "recompiles"},
+        eval_tasks=f"hellaswag:completion={tmp_path / 'items.jsonl'}",
+    )  # fmt: skip
     lines = output.replace("\r", "\n").splitlines()
     first_training_step = next(i for i, line in enumerate(lines) if " 1/8 " in line)
     recompiled = [i for i, line in enumerate(lines) if "Recompiling function" in line]
@@ -123,6 +131,7 @@ def test_compile_validation_and_samples_share_a_run_without_recompiling(unbroken
     assert len(recompiled) == 1, output
     assert recompiled[0] <= first_training_step
     assert sum("sample: Hello" in line for line in lines) == 4 * 4
+    assert [row["n"] for row in train_rows(tmp_path / "run", "eval").values()] == [6, 6]
     for kind in ("train", "val"):
         eager, compiled = train_rows(unbroken_run, kind), train_rows(tmp_path / "run", kind)
         assert all(compiled[step]["loss"] == pytest.approx(row["loss"], abs=1e-4) for step, row in eager.items())

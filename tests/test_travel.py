@@ -34,7 +34,9 @@ def python(code: str, folder: Path, *, paths: tuple[Path, ...] = ()) -> str:
     """What a fresh process prints that runs `code` in `folder`, with a cache of its own."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     env |= {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -73,7 +75,9 @@ del model
     shutil.rmtree(away / "cache")
     for name in ("configuration_gpt2repro.py", "modeling_gpt2repro.py"):
         assert (away / "again" / name).read_bytes() == (ROOT / name).read_bytes()
-    assert (away / "again" / "model.safetensors").read_bytes() == (away / "checkpoint" / "model.safetensors").read_bytes()
+    assert (away / "again" / "model.safetensors").read_bytes() == (
+        away / "checkpoint" / "model.safetensors"
+    ).read_bytes()
     python(
         FORGET_THE_CHECKOUT
         + """
@@ -116,7 +120,9 @@ def test_the_wheel_in_an_empty_venv_is_two_modules_and_one_package(tmp_path):
         ignore=shutil.ignore_patterns(".*", "runs", "data", "tests", "build", "dist", "*.egg-info", "__pycache__"),
     )  # fmt: skip
     # `data` is also a room of the package.
-    shutil.copytree(ROOT / "gpt2repro" / "data", source / "gpt2repro" / "data", ignore=shutil.ignore_patterns("__pyc*"))
+    shutil.copytree(
+        ROOT / "gpt2repro" / "data", source / "gpt2repro" / "data", ignore=shutil.ignore_patterns("__pyc*")
+    )
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source],
         check=True, capture_output=True, text=True, timeout=240,

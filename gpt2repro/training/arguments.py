@@ -77,6 +77,7 @@ class Recipe:
     # cadence
     eval_every: int = _option(250, "steps between validations; 0 is never")
     eval_tokens: int = _option(10_485_760, "validation tokens a time (build-nanogpt: 20 batches of 524,288)")
+    eval_tasks: tuple[str, ...] = _option((), "benchmarks at every validation: TASK[:STYLE][:LIMIT][=FILE] …")
     sample_every: int = _option(250, "steps between samples; 0 is never")
     sample_prompt: str = _option("Hello, I'm a language model,", "what samples begin with")
     sample_tokens: int = _option(32, "new tokens a sample")

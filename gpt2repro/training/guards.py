@@ -1,4 +1,4 @@
-"""What keeps a run safe while nobody looks: stops by signal, the rule for bad steps, errors shared by all processes."""
+"""What keeps a run safe while nobody looks: stops by signal, the rule for bad steps, errors that all share."""
 
 import math
 import os
@@ -52,7 +52,9 @@ class BadSteps:
                 f"{what}; on_bad_step is stop: resume from the last checkpoint with a lower learning_rate"
             )
         if self.in_a_row > self.recipe.max_bad_steps:
-            raise ValueError(f"{what}; {self.in_a_row} in a row are more than max_bad_steps={self.recipe.max_bad_steps}")
+            raise ValueError(
+                f"{what}; {self.in_a_row} in a row are more than max_bad_steps={self.recipe.max_bad_steps}"
+            )
         return True
 
 

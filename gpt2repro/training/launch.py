@@ -8,6 +8,7 @@ import os
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType
 
 from gpt2repro.training.arguments import Recipe, accumulation_steps
 
@@ -36,6 +37,11 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         raise ValueError(
             f"{world_size} processes were asked for and {accelerator.num_processes} is what this one sees: "
             "start them with accelerate launch --config_file accelerate_configs/….yaml, or torchrun"
+        )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(
+            f"the launcher asks for {accelerator.distributed_type.value}: only data parallelism (DDP) is supported; "
+            "use accelerate_configs/ddp_8gpu.yaml"
         )
     asked = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1))
     derived = accumulation_steps(recipe, world_size=world_size)
