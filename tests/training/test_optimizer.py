@@ -38,11 +38,11 @@ def test_updates_equal_those_of_an_unfused_adamw():
         ],
         lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.5, fused=False, foreach=False,
     )  # fmt: skip
-    ids = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
     for _ in range(5):
-        for net, opt in ((model, optimizer), (reference_model, reference)):
-            net(ids, labels=ids).loss.backward()
-            opt.step()
-            opt.zero_grad()
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            named[name].grad = parameter.grad.clone()
+        optimizer.step()
+        reference.step()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, named[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(parameter, named[name], atol=1e-6, rtol=1e-5)

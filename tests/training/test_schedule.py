@@ -23,7 +23,8 @@ def test_the_warmup_is_linear_from_its_first_step_and_ends_at_the_peak():
     recipe = Recipe()  # the reproduction: 715 steps to 6e-4
     assert lr_at(0, recipe) == pytest.approx(6e-4 / 715)
     assert lr_at(356, recipe) == pytest.approx(6e-4 * 357 / 715)
-    assert lr_at(714, recipe) == lr_at(715, recipe) == 6e-4
+    assert lr_at(714, recipe) == 6e-4
+    assert lr_at(715, recipe) == pytest.approx(6e-4)
     assert lr_at(recipe.max_steps, recipe) == pytest.approx(6e-5)
 
 
