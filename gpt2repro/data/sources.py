@@ -81,6 +81,10 @@ def open_source(
         raise ValueError(f"source {name} with files {files}: --source files and --files GLOB go together")
     if (name == "hub") != bool(dataset):
         raise ValueError(f"source {name} with dataset {dataset}: --source hub and --dataset NAME go together")
+    if name in ("python-docs", "files", "tinyshakespeare") and (config or revision or split != "train"):
+        raise ValueError(
+            f"name {config}, split {split} and revision {revision} mean nothing to source {name}; omit them"
+        )
     if name == "python-docs":
         return PythonDocs()
     if name == "files":

@@ -363,6 +363,30 @@ def test_the_record_holds_no_time_and_no_path_of_this_machine(unbroken: Path, da
         assert str(Path.home()) + os.sep not in content and str(folder.parent) not in content and "/tmp" not in content
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_document_of_200_mb_stays_within_the_memory_bound(
+    dataset_folder: Path, tmp_path: Path, texts: list[str], workers: int
+) -> None:
+    text = "\n\n".join(texts) + "\n🙂\n"  # the emoji makes a Python string of it four bytes a character
+    with open(tmp_path / "one.jsonl", "w", encoding="utf-8") as file:
+        json.dump({"text": text * (200_000_000 // len(text))}, file, ensure_ascii=False)
+    options = ["--source", "files", "--files", tmp_path / "one.jsonl", "--tokenizer", dataset_folder]
+    process = psutil.Popen(
+        command(*options, "--out", tmp_path / "out", "--workers", workers, "--val-tokens", 0), cwd=ROOT
+    )
+    most = 0
+    while process.poll() is None:
+        try:
+            family = [process, *process.children(recursive=True)]
+            most = max(most, sum(member.memory_info().rss for member in family))
+        except psutil.NoSuchProcess:
+            continue
+        time.sleep(0.05)
+    assert process.returncode == 0
+    assert most < 1e9 + workers * 300e6, f"{most / 1e6:.0f} MB"
+
+
 # ------------------------------------------------------------------------------------------------ real inputs
 
 

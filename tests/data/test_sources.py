@@ -141,6 +141,7 @@ def test_a_compressed_file_that_ends_early_is_an_error_with_its_name(tmp_path: P
         ({"name": "files", "files": ["nothing/*.jsonl"]}, r"no file matches 'nothing/\*.jsonl'"),
         ({"name": "files", "files": [__file__]}, r"test_sources.py is of no known kind: .txt, .md, .jsonl"),
         ({"name": "hub"}, "--source hub and --dataset NAME go together"),
+        ({"name": "python-docs", "revision": "main"}, "mean nothing to source python-docs"),
         ({"name": "python-docs", "dataset": "x"}, "--source hub and --dataset NAME go together"),
     ],
 )
