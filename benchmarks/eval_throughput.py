@@ -66,7 +66,9 @@ def lm_eval_scorer(model, tokenizer, rows: list[Row], batch_size: int) -> Callab
     return score
 
 
-def own_scorer(model, tokenizer, rows: list[Row], style: str, batch_size: int, **options) -> Callable[[], list[int]]:
+def own_scorer(
+    model, tokenizer, rows: list[Row], style: str, batch_size: int | None, **options
+) -> Callable[[], list[int]]:
     def score() -> list[int]:
         options_ = {"items": rows, "style": style, "batch_size": batch_size, **options}
         results = score_task(model, tokenizer, "hellaswag", **options_)
@@ -75,7 +77,7 @@ def own_scorer(model, tokenizer, rows: list[Row], style: str, batch_size: int, *
     return score
 
 
-def repeated_scorer(model, tokenizer, rows: list[Row], batch_size: int) -> Callable[[], list[int]]:
+def repeated_scorer(model, tokenizer, rows: list[Row], batch_size: int | None) -> Callable[[], list[int]]:
     """What a training loop does every N steps: the items were tokenised once, before."""
     items = [render(row, "hellaswag", "completion") for row in rows]
     encoded = encode(items, tokenizer, max_length=model.config.n_positions)
@@ -121,7 +123,7 @@ def main() -> None:
     parser.add_argument("--tf32", action="store_true", help="TensorFloat32 matmuls on a GPU")
     parser.add_argument("--items", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=16, help="ours, in items")
+    parser.add_argument("--batch-size", type=int, help="ours, in items (default: as many as fill a forward)")
     parser.add_argument("--lm-eval-batch-sizes", type=int, nargs="*", default=[1, 4, 16, 64], help="in choices")
     parser.add_argument("--json", help="write the figures to this file")
     arguments = parser.parse_args()

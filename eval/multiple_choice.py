@@ -32,6 +32,9 @@ from eval.tasks import ALIASES, TASKS, Item, Row, read_rows, render, task_name, 
 # The architectures whose trees were compared with one row per choice. Others (ALiBi, state spaces, sliding windows)
 # may read positions from the mask's shape: they get one row per choice, and their own head.
 TREE_MODELS = ("gpt2", "gpt2repro")
+# Tokens of a forward, where the caller names no number of items: what is left of the matmuls' speed when they outgrow
+# the caches of a processor was half of it; a GPU wants them large.
+BATCH_TOKENS = {"cpu": 384, "cuda": 16_384}
 HEAD_ROWS = 2048  # positions that go through the head at once: 2048 * 50257 * 4 bytes = 0.4 GB of logits
 FILLER = -1  # the branch of padding
 
@@ -211,18 +214,19 @@ def score_items(
     model,
     items: Sequence[Sequences],
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     share_prefix: bool = True,
     progress: str | None = None,
 ) -> list[dict]:
-    """Scores and predictions of this process's share of the items, `batch_size` items a forward.
+    """Scores and predictions of this process's share of the items, `batch_size` items a forward (None: as many as
+    fill it well).
 
     Items are sorted by length, so that a batch has little padding, and dealt to the processes like cards. The model
     runs eagerly: shapes are ragged. The caller has set `model.eval()`.
     """
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: give at least 1")
     tree_model = model.config.model_type in TREE_MODELS
     share = share_prefix and tree_model and model.config._attn_implementation in ("sdpa", "eager")
@@ -231,7 +235,12 @@ def score_items(
     grown = [grow_trees(item, share=share, max_length=limit) for item in items]
     size = [max(len(tree.tokens) for tree in trees) for trees in grown]
     mine = sorted(range(len(items)), key=lambda index: (-size[index], index))[rank::world_size]
-    batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
+    budget = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
+    batches, first = [], 0
+    while first < len(mine):  # the first item of a batch is its longest
+        rows = len(grown[mine[first]])
+        batches.append(mine[first : first + (batch_size or max(1, budget // (rows * size[mine[first]])))])
+        first += len(batches[-1])
     parts = []
     with torch.compiler.set_stance("force_eager"):
         for batch in tqdm(batches, desc=progress, unit="batch", disable=progress is None or rank > 0):
@@ -305,7 +314,7 @@ def score_task(
     *,
     items: Sequence[Row],
     style: str | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     share_prefix: bool = True,
@@ -334,7 +343,7 @@ def evaluate_tasks(
     model,
     tasks: Sequence[PreparedTask],
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     gather_object: Callable[[list], list] | None = None,
@@ -364,7 +373,7 @@ def command_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--data", help="JSONL file of the task's items (default: the Hub's dataset)")
     parser.add_argument("--style", choices=["completion", "harness"], help="hellaswag only: how items are rendered")
     parser.add_argument("--limit", type=int, help="score only the first N items")
-    parser.add_argument("--batch-size", type=int, default=32, help="items a forward; the figures do not depend on it")
+    parser.add_argument("--batch-size", type=int, help="items a forward (default: as fills it); changes no figure")
     parser.add_argument("--output", help="write the figures to this JSON file and the items to .jsonl beside it")
     return parser
 
