@@ -220,8 +220,7 @@ def score_items(
     share_prefix: bool = True,
     progress: str | None = None,
 ) -> list[dict]:
-    """Scores and predictions of this process's share of the items, `batch_size` items a forward (None: as many as
-    fill it well).
+    """Scores and predictions of this process's share of the items, `batch_size` items a forward (None: what fills it).
 
     Items are sorted by length, so that a batch has little padding, and dealt to the processes like cards. The model
     runs eagerly: shapes are ragged. The caller has set `model.eval()`.
@@ -235,13 +234,11 @@ def score_items(
     grown = [grow_trees(item, share=share, max_length=limit) for item in items]
     size = [max(len(tree.tokens) for tree in trees) for trees in grown]
     mine = sorted(range(len(items)), key=lambda index: (-size[index], index))[rank::world_size]
-    budget = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
-    batches, first = [], 0
+    budget, first, batches, parts = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"]), 0, [], []
     while first < len(mine):  # the first item of a batch is its longest
-        rows = len(grown[mine[first]])
-        batches.append(mine[first : first + (batch_size or max(1, budget // (rows * size[mine[first]])))])
+        fitting = budget // (len(grown[mine[first]]) * size[mine[first]])
+        batches.append(mine[first : first + (batch_size or max(1, fitting))])
         first += len(batches[-1])
-    parts = []
     with torch.compiler.set_stance("force_eager"):
         for batch in tqdm(batches, desc=progress, unit="batch", disable=progress is None or rank > 0):
             trees = [tree for index in batch for tree in grown[index]]
