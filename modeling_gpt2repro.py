@@ -286,7 +286,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
                 logits,
                 labels,
                 vocab_size=self.config.vocab_size,
-                shift_labels=shift_labels,
+                shift_labels=None if shift_labels is None else shift_labels.contiguous(),  # the library views them
                 num_items_in_batch=num_items_in_batch,
             )
         return CausalLMOutputWithPast(

@@ -192,7 +192,8 @@ def test_gradient_checkpointing_changes_no_gradient(pair):
         ours.zero_grad()
     ours.gradient_checkpointing_disable()
     ours.eval()
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for kept, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, kept, atol=1e-7, rtol=1e-5)
 
 
 def test_training_attends_without_a_mask_tensor_in_one_compiled_graph(pair):
