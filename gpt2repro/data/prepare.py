@@ -458,6 +458,9 @@ def _write_json(path: Path, content: dict, aside: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)  # the names are the folder's content, the shards' among them
+    os.fsync(folder)
+    os.close(folder)
 
 
 def main(arguments: list[str] | None = None) -> int:
