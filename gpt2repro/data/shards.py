@@ -299,7 +299,10 @@ def _open_foreign(path: Path, layout: str, tokenizer: str | None) -> Dataset:
         layout = "build-nanogpt" if suffixes == {".npy"} else "llm.c"
     suffix, read = FOREIGN[layout]
     files = [file for file in files if file.suffix == suffix]
-    by_split = {name: [read(file) for file in files if name in file.name] for name in SPLITS}
+    by_split: dict[str, list[Shard]] = {name: [] for name in SPLITS}
+    for file in files:
+        if split := next((name for name in SPLITS if name in file.name), None):
+            by_split[split].append(read(file))
     streams = {name: TokenStream(shards) for name, shards in by_split.items() if sum(s.tokens for s in shards)}
     if not streams:
         raise ValueError(f"{path} has no {suffix} file of {layout} with 'train' or 'val' in its name; rename them")

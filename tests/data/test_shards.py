@@ -179,6 +179,11 @@ def test_foreign_shards_that_are_not_what_they_should_be_are_refused(
         open_dataset(tmp_path, **{"tokenizer": str(dataset_folder), **options})
 
 
+def test_a_foreign_file_belongs_to_one_split(tmp_path: Path, dataset_folder: Path) -> None:
+    (tmp_path / "interval_train_1.bin").write_bytes(llmc_bytes(IDS))
+    assert list(open_dataset(tmp_path, tokenizer=str(dataset_folder)).streams) == ["train"]
+
+
 def test_npy_shards_of_another_shape_or_type_are_refused(tmp_path: Path, dataset_folder: Path) -> None:
     for array in (IDS.astype(np.float32), IDS.astype(np.uint16).reshape(-1, 29)):
         np.save(tmp_path / "train.npy", array)
