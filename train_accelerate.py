@@ -79,9 +79,9 @@ def train(recipe) -> int:
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
 
     # ---- the data ------------------------------------------------------------------------------------------
-    if recipe.source and not (Path(recipe.dataset_dir) / "dataset.json").exists():
+    if recipe.source and not (Path(recipe.dataset_dir[0]) / "dataset.json").exists():
         on_main_process(accelerator, lambda: prepare_dataset(recipe))
-    dataset = open_dataset(recipe.dataset_dir, tokenizer=recipe.tokenizer)
+    dataset = open_dataset(list(recipe.dataset_dir), format=recipe.dataset_format, tokenizer=recipe.tokenizer)
     check_tokenizer(recipe, dataset)
     config = model_config(recipe, shape, dataset)
     tokenizer = AutoTokenizer.from_pretrained(dataset.tokenizer)
@@ -285,12 +285,12 @@ def check_tokenizer(recipe, dataset) -> None:
     wanted = recipe.tokenizer or ""
     if wanted.startswith("train:") and wanted != f"train:{dataset.vocab_size}":
         raise ValueError(
-            f"tokenizer is {wanted}, but {recipe.dataset_dir} has one of {dataset.vocab_size} entries: "
+            f"tokenizer is {wanted}, but {recipe.dataset_dir[0]} has one of {dataset.vocab_size} entries: "
             "leave tokenizer out, or give another dataset_dir to prepare"
         )
     if wanted and Path(wanted).is_dir() and tokenizer_sha256(wanted) != dataset.tokenizer_sha256:
         raise ValueError(
-            f"tokenizer {wanted} is not the one that {recipe.dataset_dir} was prepared with: leave tokenizer out, "
+            f"tokenizer {wanted} is not the one that {recipe.dataset_dir[0]} was prepared with: leave tokenizer out, "
             "or give another dataset_dir to prepare"
         )
 
@@ -307,9 +307,9 @@ def check_init_from(recipe, found: GPT2ReproConfig, wanted: GPT2ReproConfig) -> 
 
 def prepare_dataset(recipe) -> None:
     """Make `dataset_dir` from the recipe's source."""
-    print(f"preparing {recipe.dataset_dir} from {recipe.source}")
+    print(f"preparing {recipe.dataset_dir[0]} from {recipe.source}")
     prepare(
-        source=recipe.source, files=list(recipe.files) or None, tokenizer=recipe.tokenizer, out=recipe.dataset_dir,
+        source=recipe.source, files=list(recipe.files) or None, tokenizer=recipe.tokenizer, out=recipe.dataset_dir[0],
         val_tokens=recipe.val_tokens,
     )  # fmt: skip
 

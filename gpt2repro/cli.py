@@ -63,13 +63,14 @@ def _parser(default: str | Path) -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", metavar="YAML", help=f"the recipe to start from (without any argument: {default})")
     for item in fields(Recipe):
-        shown = f" (default: {item.default})" if isinstance(item.default, (str, int, float)) else ""
+        default_value = item.default[0] if isinstance(item.default, tuple) and item.default else item.default
+        shown = "" if default_value in (None, ()) else f" (default: {default_value})"
         names = sorted({f"--{item.name}", f"--{item.name.replace('_', '-')}"}, reverse=True)
         parser.add_argument(
             *names,
             dest=item.name,
             metavar="VALUE",
-            nargs="*" if item.default == () else None,
+            nargs="*" if isinstance(item.default, tuple) else None,
             help=(item.metadata["help"] + shown).replace("%", "%%"),
         )
     return parser

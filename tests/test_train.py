@@ -6,6 +6,7 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -179,3 +180,13 @@ def test_without_arguments_the_demo_runs():
 
     assert parse_recipe([], default=DEFAULT_RECIPE).output_dir == "runs/demo"
     assert DEFAULT_RECIPE == ROOT / "recipes" / "demo.yaml"
+
+
+def test_the_raw_shards_of_nanogpt_train_as_they_are(unbroken_run, train_script, tiny_dataset, tmp_path):
+    ids = np.concatenate([np.load(file) for file in sorted(tiny_dataset.glob("train-*.npy"))])
+    val = np.concatenate([np.load(file) for file in sorted(tiny_dataset.glob("val-*.npy"))])
+    (tmp_path / "nanogpt").mkdir()
+    ids.astype("<u2").tofile(tmp_path / "nanogpt" / "train.bin")
+    val.astype("<u2").tofile(tmp_path / "nanogpt" / "val.bin")
+    train_script(tmp_path / "run", dataset_dir=tmp_path / "nanogpt", dataset_format="nanogpt", tokenizer=tiny_dataset)
+    assert_same_bits(tmp_path / "run", unbroken_run)

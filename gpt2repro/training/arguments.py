@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 SCHEDULES = ("cosine", "constant")
+DATASET_FORMATS = ("auto", "gpt2repro", "build-nanogpt", "llm.c", "nanogpt")
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 
 # A run is the same run as long as these hold; anything else (micro batch, precision, cadence) may change on resume.
@@ -28,7 +29,10 @@ class Recipe:
 
     # where
     output_dir: str = _option("runs/gpt2-124m", "folder of the run: checkpoints, metrics.jsonl, run.json")
-    dataset_dir: str = _option("data/fineweb-edu-10b", "prepared dataset; made from source when it does not exist")
+    dataset_dir: tuple[str, ...] = _option(
+        ("data/fineweb-edu-10b",), "prepared datasets, several are one stream; made from source when there is none"
+    )
+    dataset_format: str = _option("auto", "of dataset_dir; nanogpt's .bin must be named", choices=DATASET_FORMATS)
     source: str | None = _option(
         None, "where documents come from when dataset_dir must be made (python-docs, files, …)"
     )
@@ -111,6 +115,12 @@ class Recipe:
                 found.append(f"{name} is {getattr(self, name)}: give a number from 0 to 1")
         if self.warmup_steps >= self.max_steps > 0:
             found.append(f"warmup_steps={self.warmup_steps} leaves nothing of max_steps={self.max_steps}: lower it")
+        if len(self.dataset_dir) != 1 and (self.source or not self.dataset_dir):
+            found.append(
+                f"dataset_dir names {len(self.dataset_dir)} folders: give one to make from source, or no source"
+            )
+        if self.source and not self.tokenizer:
+            found.append("a source without a tokenizer: give a folder, a Hub id, or train:N")
         if self.source == "files" and not self.files:
             found.append("source is files, but no files are named: give --files PATH …")
         if shape is not None and self.seq_len > shape.get("n_positions", 1024):
