@@ -13,6 +13,7 @@ as well). Ours is measured in the style of the rival: `completion` beside one it
 import argparse
 import json
 import platform
+import subprocess
 import time
 from collections.abc import Callable
 from statistics import median
@@ -172,9 +173,11 @@ def report(seconds: dict, predictions: dict, rows: list[Row], arguments: argpars
             f"{same} of {len(rows)} predictions (acc_norm) are equal"
         )
     settings = {key: value for key, value in vars(arguments).items() if key not in ("data", "tokenizer", "json")}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     machine = {
         "hardware": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.machine(),
         "threads": torch.get_num_threads(),
+        "commit": commit.stdout.strip(),
         "torch": torch.__version__,
         "transformers": transformers_version,
     }

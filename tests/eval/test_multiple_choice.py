@@ -123,6 +123,29 @@ def test_processes_share_the_items_and_their_union_is_the_whole(tiny_model, bpe,
     assert [result["prediction_norm"] for result in union] == [result["prediction_norm"] for result in whole]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["completion", "harness"])
+def test_real_items_have_the_same_predictions_for_every_batch_size_and_number_of_processes(
+    style, shared_dir, gpt2_tokenizer
+):
+    from configuration_gpt2repro import GPT2ReproConfig
+    from modeling_gpt2repro import GPT2ReproForCausalLM
+
+    torch.manual_seed(0)
+    model = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=2, n_head=2, n_embd=64, initializer_range=0.2)).eval()
+    options = {"items": read_rows("hellaswag", data=shared_dir / "eval" / "hellaswag" / "data.jsonl"), "style": style}
+
+    def predicted(**more):
+        results = score_task(model, gpt2_tokenizer, "hellaswag", **options, **more)
+        return [(result["index"], result["prediction"], result["prediction_norm"]) for result in results]
+
+    expected = sorted(predicted(batch_size=1))
+    assert len(expected) == 500
+    for more in ({"batch_size": 7}, {"batch_size": 64}, {}):
+        assert sorted(predicted(**more)) == expected
+    assert sorted(predicted(rank=0, world_size=2) + predicted(rank=1, world_size=2)) == expected
+
+
 def test_an_architecture_with_its_own_head_is_scored_one_row_per_choice(bpe, rows):
     torch.manual_seed(0)
     shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64}
