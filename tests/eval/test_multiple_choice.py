@@ -1,6 +1,7 @@
 """The scorer against one forward per choice, whatever the batch, the processes, the padding; and what it refuses."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -10,9 +11,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval.multiple_choice import (
+    Sequences,
     accuracy,
     evaluate_tasks,
     prepare_task,
+    score_items,
     score_task,
     summarise,
 )
@@ -155,6 +158,21 @@ def test_an_architecture_with_its_own_head_is_scored_one_row_per_choice(bpe, row
         sums, prediction, _ = slow_completion(model, bpe, row.fields)
         assert result["scores"] == pytest.approx(sums, abs=1e-4)
         assert result["prediction"] == prediction
+
+
+def test_a_last_word_is_right_where_the_model_would_have_written_it(tiny_model, bpe):
+    context = bpe("The man holds the ball against")["input_ids"]
+    with torch.no_grad():
+        written = tiny_model.generate(torch.tensor([context]), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    word = written[0, len(context) :].tolist()
+    words = [word, [*word[:2], (word[2] + 1) % 300], [(word[0] + 1) % 300, *word[1:]]]
+    items = [Sequences([[*context, *own[:-1]]], [own], [3.0], 0, False) for own in words]
+    results = in_order(score_items(tiny_model, items))
+    assert [result["prediction"] for result in results] == [0, -1, -1]
+    figures = summarise(results)
+    assert figures["acc"] == pytest.approx(1 / 3)
+    mean = sum(result["scores"][0] for result in results) / 3
+    assert figures["perplexity"] == pytest.approx(math.exp(-mean))
 
 
 def test_items_longer_than_the_model_lose_their_beginning_and_are_counted(tiny_model, bpe):
