@@ -31,7 +31,7 @@ from eval.multiple_choice import evaluate_tasks, prepare_task
 from eval.sample import sample
 from eval.validation import validation_loss
 from gpt2repro.cli import UsageError, parse_recipe, write_recipe
-from gpt2repro.data.loader import TrainLoader, validation_batches
+from gpt2repro.data.loader import TrainLoader, validation_batches, validation_tokens
 from gpt2repro.data.order import WindowOrder
 from gpt2repro.data.prepare import prepare
 from gpt2repro.data.shards import open_dataset, tokenizer_sha256
@@ -86,7 +86,10 @@ def train(recipe) -> int:
     config = model_config(recipe, shape, dataset)
     tokenizer = AutoTokenizer.from_pretrained(dataset.tokenizer)
     tasks = [prepare_task(task, tokenizer, max_length=config.n_positions) for task in recipe.eval_tasks]
-    train_stream, val_stream = dataset.split("train"), dataset.split("val")
+    train_stream = dataset.split("train")
+    if recipe.eval_every:
+        val_stream = dataset.split("val")
+        validation_tokens(val_stream, recipe.seq_len, recipe.eval_tokens)  # too few are an error now, not in an hour
     loader = TrainLoader(
         train_stream,
         WindowOrder(train_stream.tokens, recipe.seq_len, seed=recipe.seed, shuffle=recipe.shuffle),
@@ -133,7 +136,8 @@ def train(recipe) -> int:
         f"step {first_step} to {recipe.max_steps}" + (f", resumed from {found}" if found else "") + "\n"
         f"{world_size} x {device.type}, {accelerator.mixed_precision} mixed precision, "
         f"{'compiled' if compiled else 'eager'}; {recipe.global_batch_tokens:,} tokens a step = "
-        f"{world_size} processes x {loader.accumulation} micro steps x {recipe.micro_batch_size} sequences x {recipe.seq_len} tokens"
+        f"{world_size} processes x {loader.accumulation} micro steps x {recipe.micro_batch_size} sequences "
+        f"x {recipe.seq_len} tokens"
     )
 
     # ---- what happens between steps ------------------------------------------------------------------------
@@ -191,8 +195,11 @@ def train(recipe) -> int:
     )  # fmt: skip
     peak = peak_flops(device)
     bar = tqdm(total=recipe.max_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
-    if first_step == 0 and recipe.eval_every:
-        validate(0)
+    if first_step == 0:  # where it starts from; and what cannot work fails here, not in the middle of a run
+        if recipe.eval_every:
+            validate(0)
+        if recipe.sample_every:
+            draw_samples(0)
     step = saved = first_step
     began = time.perf_counter()
     for step in range(first_step + 1, recipe.max_steps + 1):

@@ -181,6 +181,16 @@ def test_a_checkpoint_to_resume_from_that_is_not_there_is_refused(tmp_path, resu
         find_checkpoint(tmp_path, resume)
 
 
+def test_samples_and_validation_that_cannot_work_are_refused_at_the_start(refused, tmp_path, tiny_dataset, capsys):
+    (line,) = refused(eval_tokens=31)
+    assert "no validation window" in line
+    recipe = {**TINY, "dataset_dir": tiny_dataset, "output_dir": tmp_path / "long", "sample_every": 5, "eval_every": 0}
+    flags = [word for name, value in recipe.items() for word in (f"--{name}", str(value))]
+    assert train_accelerate.main([*flags, "--sample_tokens", "40"]) == 1
+    assert "do not fit the model's 32 positions" in capsys.readouterr().err
+    assert not list((tmp_path / "long").glob("step-*"))
+
+
 def test_weights_of_another_shape_are_refused(refused, unbroken_run):
     (line,) = refused(init_from=unbroken_run / "latest", n_embd=64, output_dir=unbroken_run.parent / "other")
     assert "is of another shape: n_embd is 32 there, 64 here" in line

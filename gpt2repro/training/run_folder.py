@@ -30,6 +30,7 @@ def claim_run_folder(recipe: Recipe, *, dataset: dict[str, Any], model: dict[str
         OSError: the folder cannot be written.
     """
     folder = Path(recipe.output_dir)
+    aside = folder / f".{RUN_RECORD}.tmp"  # all that a kill at the very start leaves behind
     record: dict[str, Any] = {"recipe": asdict(recipe), "dataset": dataset, "model": model, "starts": []}
     if (folder / RUN_RECORD).exists():
         before = _read(folder / RUN_RECORD)
@@ -46,11 +47,10 @@ def claim_run_folder(recipe: Recipe, *, dataset: dict[str, Any], model: dict[str
                 "or the same values to go on with it"
             )
         record["starts"] = before["starts"]
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and {path.name for path in folder.iterdir()} - {aside.name}:
         raise ValueError(f"output_dir {folder} is not empty and holds no run: give another --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
     record["starts"].append(_start(world_size))
-    aside = folder / f".{RUN_RECORD}.tmp"
     aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     os.replace(aside, folder / RUN_RECORD)
 

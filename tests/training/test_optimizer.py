@@ -33,8 +33,8 @@ def test_updates_equal_those_of_an_unfused_adamw():
     named = dict(reference_model.named_parameters())
     reference = torch.optim.AdamW(
         [
-            {"params": [p for name, p in named.items() if name.endswith("bias") or "ln_" in name], "weight_decay": 0.0},
-            {"params": [p for name, p in named.items() if not (name.endswith("bias") or "ln_" in name)]},
+            {"params": [p for n, p in named.items() if n.endswith("bias") or "ln_" in n], "weight_decay": 0.0},
+            {"params": [p for n, p in named.items() if not (n.endswith("bias") or "ln_" in n)]},
         ],
         lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.5, fused=False, foreach=False,
     )  # fmt: skip
