@@ -33,16 +33,20 @@ def load_model(
     """The causal LM at `name` (a folder or a Hub id) in evaluation mode, and its tokenizer.
 
     Raises:
-        ValueError: the tokenizer's ids do not fit the model's vocabulary.
+        ValueError: no such folder, no checkpoint in it, or a tokenizer that does not fit the model's vocabulary.
         OSError: nothing to load under that name.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):  # no Hub id looks so
+        raise ValueError(
+            f"there is no folder {name}: give a checkpoint folder, or a Hub id such as openai-community/gpt2"
+        )
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"{name} holds no config.json: give a checkpoint folder, e.g. {name}/latest")
-    # None lets the library prefer the registered classes without asking; False would refuse nothing more.
-    trust = True if trust_remote_code else None
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), trust_remote_code=trust)
-    loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer or name, trust_remote_code=trust)
+    # An explicit False: without a value the library would ask the person at the terminal.
+    trust = {"trust_remote_code": trust_remote_code}
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **trust)
+    loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer or name, **trust)
     check_vocabulary(model, loaded_tokenizer)
     return model.to(device).eval(), loaded_tokenizer
 
