@@ -70,10 +70,14 @@ def test_a_setting_out_of_range_is_named(tiny_model, bpe, settings, message):
         sample(tiny_model, bpe, "The man", **settings)
 
 
-def test_the_command_prints_texts_and_converses(checkpoint, tiny_model, bpe):
-    command = [sys.executable, "-m", "eval.sample", "--model", str(checkpoint), "--max-new-tokens", "4", "--greedy"]
+def test_the_command_prints_texts_and_converses(checkpoint, tiny_model, bpe, monkeypatch, capsys):
+    from eval import sample as module
+
+    arguments = ["--model", str(checkpoint), "--max-new-tokens", "4", "--greedy", "--device", "cpu"]
     expected = sample(tiny_model, bpe, "The man", max_new_tokens=4, greedy=True)[0]
-    once = subprocess.run([*command, "--prompt", "The man"], capture_output=True, text=True)
-    assert once.stdout == f"> {expected}\n", once.stderr
-    talk = subprocess.run([*command, "--interactive"], input="The man\nThe man\n\n", capture_output=True, text=True)
+    monkeypatch.setattr(sys, "argv", ["sample", *arguments, "--prompt", "The man"])
+    module.main()
+    assert capsys.readouterr().out == f"> {expected}\n"
+    command = [sys.executable, "-m", "eval.sample", *arguments, "--interactive"]
+    talk = subprocess.run(command, input="The man\nThe man\n\n", capture_output=True, text=True)
     assert talk.stdout == f"{expected}\n{expected}\n", talk.stderr

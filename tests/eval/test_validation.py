@@ -148,13 +148,16 @@ def run_validation(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_the_command_measures_a_text_file_and_names_what_is_wrong(checkpoint, tmp_path, tiny_model, bpe):
+def test_the_command_measures_a_text_file_and_names_what_is_wrong(checkpoint, tmp_path, tiny_model, bpe, monkeypatch):
+    from eval import validation
+
     text = "The man throws the ball. She said “no”.\n" * 4
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     output = tmp_path / "out" / "val.json"
-    common = ("--model", checkpoint, "--text", tmp_path / "text.txt")
-    done = run_validation(*common, "--seq-len", 32, "--stride", 8, "--output", output)
-    assert done.returncode == 0, done.stderr
+    common = ["--model", str(checkpoint), "--text", str(tmp_path / "text.txt"), "--device", "cpu"]
+    more = ["--seq-len", "32", "--stride", "8", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["validation", *common, *more])
+    validation.main()
     result = json.loads(output.read_text())
     ids = bpe(text)["input_ids"]
     loss, tokens = slow_loss(tiny_model, [0, *ids], seq_len=32, stride=8)
