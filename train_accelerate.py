@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         PartialState().destroy_process_group()
         return exit_code
     except (ValueError, OSError, ImportError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))  # an error of one process alone must be seen as well
+        for line in str(error).splitlines():
+            print(f"error on process {rank}: {line}" if rank else f"error: {line}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 
@@ -105,7 +105,6 @@ def train(recipe) -> int:
     torch.manual_seed(recipe.seed)
     raw = load_as_gpt2repro(recipe.init_from) if recipe.init_from else GPT2ReproForCausalLM(config)
     check_init_from(recipe, raw.config, config)
-    raw.config.use_cache = True
     raw.set_attn_implementation(recipe.attn_implementation)
     raw.train().to(device)
     if recipe.gradient_checkpointing:

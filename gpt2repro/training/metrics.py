@@ -1,6 +1,7 @@
 """What a run measures: metrics.jsonl, tokens a second, model FLOPs utilisation, memory."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -67,8 +68,9 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, kind: str, **values: Any) -> None:
-        """One row, flushed at once."""
+        """One row, flushed at once; a number that is not finite becomes null, which JSON can say."""
         if self._file:
+            values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
             self._file.flush()
 

@@ -26,6 +26,13 @@ def test_a_resumed_log_drops_later_rows_and_a_line_that_a_kill_cut_off(tmp_path)
     assert read_metrics(path)[-1]["loss"] == 9.0
 
 
+def test_every_row_is_json_also_where_the_loss_is_not_finite(tmp_path):
+    MetricsLog(tmp_path / "metrics.jsonl").write(1, "train", loss=float("nan"), grad_norm=float("inf"), lr=0.1)
+    assert (tmp_path / "metrics.jsonl").read_text() == (
+        '{"step": 1, "kind": "train", "loss": null, "grad_norm": null, "lr": 0.1}\n'
+    )
+
+
 def test_other_processes_than_the_main_one_write_nothing(tmp_path):
     MetricsLog(None).write(1, "train", loss=1.0)
     assert list(tmp_path.iterdir()) == []
