@@ -116,6 +116,7 @@ def _draw_histograms(panel, model) -> None:
         density = counts / counts.sum() / (2 * reach / BINS)
         panel.plot(centres, density, linewidth=1.2, label=f"{kind}, std {values.std().item():.3f}")
     panel.set(title="weights by kind", xlabel="value", ylabel="density", yscale="log")
+    panel.locator_params(axis="x", nbins=6)
     panel.legend(frameon=False, fontsize=8, loc="lower center")
     panel.grid(alpha=0.25)
 
