@@ -4,7 +4,7 @@
     python -m benchmarks.data_throughput --only loading                        # needs no corpus
 
 Tokenising: every document of the corpus once, `prepare` from end to end (reading, checks, shards, hashes) with 1 and 2
-workers, with and without --fast, the start of Python and of its packages taken off (measured on one document); the
+workers, with and without --fast, the start of workers and tokenizer taken off (measured on one document); the
 encoders alone on one core; and build-nanogpt's way: a pool of processes, tiktoken, a document a task.
 Loading, on one core: random windows of 1,024 tokens from a warm page cache, the time from opening a 10B-token dataset
 (sparse files) to the first batch of any step, and the memory of reading from 0.1B and 10B tokens.
@@ -14,16 +14,15 @@ Loading, on one core: random windows of 1,024 tokens from a warm page cache, the
 import argparse
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import resource
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,7 @@ import torch
 from gpt2repro.data.encoding import exact_encoder, fast_encoder
 from gpt2repro.data.loader import TrainLoader
 from gpt2repro.data.order import WindowOrder
+from gpt2repro.data.prepare import prepare
 from gpt2repro.data.shards import HEADER_BYTES, file_sha256, load_tokenizer, open_dataset, shard_header, token_dtype
 from gpt2repro.data.sources import open_source
 
@@ -47,43 +47,45 @@ def has(package: str) -> bool:
 # ---------------------------------------------------------------------------------------------------- tokenising
 
 
-def prepare_seconds(corpus: Path, tokenizer: str, out: Path, *flags: str) -> tuple[float, float]:
-    """Wall and CPU seconds; the second is the one to believe on a machine that others use."""
-    command = [sys.executable, "-m", "gpt2repro.data.prepare", "--source", "files", "--files", str(corpus)]
-    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([*command, "--tokenizer", tokenizer, "--out", str(out), *flags], check=True, capture_output=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.perf_counter() - began, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+def cpu_seconds() -> float:
+    """Of this process and of the workers that it has had: the figure to believe on a machine that others use."""
+    usages = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def time_prepare(documents: Path, tokenizer: str, out: Path, workers: int, fast: bool) -> tuple[float, float]:
+    """Wall and CPU seconds of one preparation."""
+    began, cpu = time.perf_counter(), cpu_seconds()
+    options = {"tokenizer": tokenizer, "out": out, "val_tokens": 0, "workers": workers, "fast": fast}
+    prepare(source="files", files=[str(documents)], **options)
+    return time.perf_counter() - began, cpu_seconds() - cpu
 
 
 def prepared(corpus: Path, tokenizer: str, folder: Path) -> Iterator[dict]:
-    """prepare, end to end: the whole time, and the rate without the start of the processes."""
-    one_document = folder / "one.jsonl"
+    """prepare, end to end, in a fresh process; what one document takes (start of workers, tokenizer) is taken off."""
+    one = folder / "one.jsonl"
     text = bytes(next(open_source("files", files=[str(corpus)]).documents()).text).decode()
-    one_document.write_text(json.dumps({"text": text}) + "\n", "utf-8")
+    one.write_text(json.dumps({"text": text}) + "\n", "utf-8")
     hashes = set()
-    for workers in 1, 2:
-        for flags in ([], ["--fast"]):
-            if flags and not has("gigatoken"):
-                continue
-            options = ["--val-tokens", "0", "--workers", str(workers), *flags]
-            start, start_cpu = prepare_seconds(
-                one_document, tokenizer, folder / f"start-{workers}{len(flags)}", *options
-            )
-            out = folder / f"out-{workers}{len(flags)}"
-            seconds, cpu = prepare_seconds(corpus, tokenizer, out, *options)
-            hashes.add(file_sha256(out / "dataset.json"))
-            tokens = json.loads((out / "dataset.json").read_text())["splits"]["train"]["tokens"]
-            name = f"prepare{' --fast' if flags else ''}, {workers} worker{'s' * (workers > 1)}"
-            yield {
-                "what": name,
-                "tokens": tokens,
-                "seconds": round(seconds, 2),
-                "start_seconds": round(start, 2),
-                "cpu_seconds": round(cpu - start_cpu, 2),
-                "tokens_per_s": tokens / (seconds - start),
-                "same_shards": len(hashes) == 1,
-            }
+    for workers, fast in (1, False), (1, True), (2, False), (2, True):
+        if fast and not has("gigatoken"):
+            continue
+        out = folder / f"{workers}-{fast}"
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            fresh.submit(time_prepare, one, tokenizer, out / "imports", workers, fast).result()
+            start, start_cpu = fresh.submit(time_prepare, one, tokenizer, out / "start", workers, fast).result()
+            seconds, cpu = fresh.submit(time_prepare, corpus, tokenizer, out / "corpus", workers, fast).result()
+        hashes.add(file_sha256(out / "corpus" / "dataset.json"))
+        tokens = open_dataset(out / "corpus").split("train").tokens
+        yield {
+            "what": f"prepare{' --fast' if fast else ''}, {workers} worker{'s' * (workers > 1)}",
+            "tokens": tokens,
+            "seconds": round(seconds, 2),
+            "start_seconds": round(start, 2),
+            "cpu_seconds": round(cpu - start_cpu, 2),
+            "tokens_per_s": tokens / (seconds - start),
+            "same_shards": len(hashes) == 1,
+        }
 
 
 def encoders_alone(tokenizer_file: Path, texts: list[str]) -> Iterator[dict]:
@@ -141,7 +143,7 @@ def build_nanogpt_way(tokenizer_file: Path, texts: list[str], folder: Path) -> I
         yield {"what": "build-nanogpt's way", "left_out": "tiktoken is not installed"}
         return
     for processes in 1, 2:
-        with Pool(processes, start_tiktoken, (str(tokenizer_file),)) as pool:
+        with multiprocessing.Pool(processes, start_tiktoken, (str(tokenizer_file),)) as pool:
             pool.map(tiktoken_document, ["warm"] * processes)
             began, shard, filled = time.perf_counter(), np.empty(SHARD_TOKENS, np.uint16), 0
             for ids in pool.imap(tiktoken_document, texts, chunksize=16):
