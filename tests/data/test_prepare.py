@@ -112,22 +112,14 @@ def kill_until_done(arguments: list[str], out: Path, *, kills: int, seed: int, l
             assert not alive, "a worker outlived its killed main process"
 
 
+@pytest.mark.parametrize("wanted", [3, pytest.param(100, marks=pytest.mark.slow)])
 def test_kills_at_random_times_change_no_byte(
-    unbroken: Path, large_options: list[str], tmp_path: Path, folder_digests: Digests
-) -> None:
-    kills = kill_until_done([*large_options, "--workers", "2"], tmp_path / "out", kills=3, seed=0, longest=4.0)
-    assert kills, "the preparation was over before the first kill: make the corpus larger"
-    assert folder_digests(tmp_path / "out") == folder_digests(unbroken)
-
-
-@pytest.mark.slow
-def test_a_hundred_random_kills_change_no_byte(
-    unbroken: Path, large_options: list[str], tmp_path: Path, folder_digests: Digests
+    unbroken: Path, large_options: list[str], tmp_path: Path, folder_digests: Digests, wanted: int
 ) -> None:
     kills = seed = 0
-    while kills < 100:
-        arguments = [*large_options, "--workers", str(1 + seed % 3)]
-        kills += kill_until_done(arguments, tmp_path / str(seed), kills=100 - kills, seed=seed, longest=7.0)
+    while kills < wanted:  # a preparation may be over before its first kill: then another one is begun
+        arguments = [*large_options, "--workers", str(1 + (seed + 1) % 3)]
+        kills += kill_until_done(arguments, tmp_path / str(seed), kills=wanted - kills, seed=seed, longest=5.0)
         assert folder_digests(tmp_path / str(seed)) == folder_digests(unbroken), seed
         shutil.rmtree(tmp_path / str(seed))
         seed += 1
