@@ -13,7 +13,7 @@ RUN ?= runs/demo
 	touch $@
 
 demo: .venv/.installed  ## train a small GPT-2 on Python's own documentation, draw its curves, let it write
-	.venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml train_accelerate.py --recipe recipes/demo.yaml $(DEMO)
+	$(PY) train_accelerate.py --recipe recipes/demo.yaml $(DEMO)
 	$(PY) -m eval.report $(RUN) --output $(RUN)/curves.png
 
 test: .venv/.installed  ## every test but the long campaigns

@@ -35,8 +35,9 @@ from gpt2repro.data.loader import TrainLoader, validation_batches, validation_to
 from gpt2repro.data.order import WindowOrder
 from gpt2repro.data.prepare import prepare
 from gpt2repro.data.shards import open_dataset, tokenizer_sha256
+from gpt2repro.data.sources import was_made_from
 from gpt2repro.hub.convert import load_as_gpt2repro
-from gpt2repro.training.checkpoints import find_checkpoint, load_checkpoint, remove_unfinished, save_checkpoint
+from gpt2repro.training.checkpoints import find_checkpoint, go_on_from, load_checkpoint, save_checkpoint
 from gpt2repro.training.guards import STOPPED_BY_SIGNAL, BadSteps, StopSignal, on_main_process
 from gpt2repro.training.launch import compile_wanted, start_accelerator
 from gpt2repro.training.metrics import MetricsLog, flops_per_token, peak_flops, peak_memory_bytes
@@ -50,27 +51,35 @@ DEFAULT_RECIPE = Path(__file__).with_name("recipes") / "demo.yaml"
 
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe that `argv` asks for; returns the exit code."""
+    rank = int(os.environ.get("RANK", 0))
     try:
-        exit_code = train(parse_recipe(sys.argv[1:] if argv is None else argv, default=DEFAULT_RECIPE))
-        # DDP must be gone before its process group is: freed after it, gloo's destructor can wait for ever.
-        gc.collect()
-        PartialState().destroy_process_group()
-        return exit_code
-    except (ValueError, OSError, ImportError) as error:
-        rank = int(os.environ.get("RANK", 0))  # an error of one process alone must be seen as well
-        for line in str(error).splitlines():
-            print(f"error on process {rank}: {line}" if rank else f"error: {line}", file=sys.stderr)
+        recipe = parse_recipe(sys.argv[1:] if argv is None else argv, default=DEFAULT_RECIPE)
+        check_recipe(recipe, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    except ValueError as error:
+        if rank == 0:  # every process finds the same
+            explain(error, rank=0)
         return 2 if isinstance(error, UsageError) else 1
+    try:
+        exit_code = train(recipe)
+    except (ValueError, OSError, ImportError) as error:
+        explain(error, rank=rank)
+        return 1
+    # DDP must be gone before its process group is: freed after it, gloo's destructor can wait for ever.
+    gc.collect()
+    PartialState().destroy_process_group()
+    return exit_code
+
+
+def explain(error: Exception, *, rank: int) -> None:
+    """One line on standard error for each thing that is wrong."""
+    for line in str(error).splitlines():
+        print(f"error on process {rank}: {line}" if rank else f"error: {line}", file=sys.stderr)
 
 
 def train(recipe) -> int:
     """One run from its recipe to its last checkpoint; returns the exit code."""
-    # ---- the recipe, checked before anything is loaded or written ------------------------------------------
+    # ---- processes, device, precision ----------------------------------------------------------------------
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    shape = model_shape(recipe)
-    problems = recipe.problems(shape, world_size=world_size)
-    if problems:
-        raise ValueError("\n".join(problems))
     accelerator = start_accelerator(recipe)
     transformers_logging.disable_progress_bar()  # a bar for every file of every checkpoint
     device = accelerator.device
@@ -80,10 +89,10 @@ def train(recipe) -> int:
 
     # ---- the data ------------------------------------------------------------------------------------------
     if recipe.source and not (Path(recipe.dataset_dir[0]) / "dataset.json").exists():
-        on_main_process(accelerator, lambda: prepare_dataset(recipe))
+        on_main_process(accelerator, lambda: prepare_dataset(recipe, world_size=world_size))
     dataset = open_dataset(list(recipe.dataset_dir), format=recipe.dataset_format, tokenizer=recipe.tokenizer)
-    check_tokenizer(recipe, dataset)
-    config = model_config(recipe, shape, dataset)
+    check_dataset(recipe, dataset)
+    config = model_config(recipe, dataset)
     tokenizer = AutoTokenizer.from_pretrained(dataset.tokenizer)
     tasks = [prepare_task(task, tokenizer, max_length=config.n_positions) for task in recipe.eval_tasks]
     train_stream = dataset.split("train")
@@ -109,8 +118,10 @@ def train(recipe) -> int:
     raw.train().to(device)
     if recipe.gradient_checkpointing:
         raw.gradient_checkpointing_enable()
+    optimizer = make_optimizer(raw, recipe)
     n_parameters = raw.num_parameters()
-    describe = {"parameters": n_parameters, "config": {key: getattr(config, key) for key in shape}}
+    sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+    describe = {"parameters": n_parameters, **{name: getattr(config, name) for name in sizes}}
     facts = {"dir": recipe.dataset_dir, "fingerprint": dataset.fingerprint, "train_tokens": train_stream.tokens}
     on_main_process(
         accelerator, lambda: claim_run_folder(recipe, dataset=facts, model=describe, world_size=world_size)
@@ -121,14 +132,17 @@ def train(recipe) -> int:
         # split the graph at every bucket.
         torch._dynamo.config.optimize_ddp = False
         raw.compile(fullgraph=True, dynamic=False)
-    model, optimizer = accelerator.prepare(raw, make_optimizer(raw, recipe))
+    model, optimizer = accelerator.prepare(raw, optimizer)
 
     # ---- resume --------------------------------------------------------------------------------------------
+    first_step, found = 0, find_checkpoint(run_dir, recipe.resume)
+    if found:
+        record = load_checkpoint(found, model=raw, optimizer=optimizer.optimizer)
+        first_step = record["step"]
+        check_resume(recipe, found, record, dataset.fingerprint)
     if accelerator.is_main_process:
-        remove_unfinished(run_dir)
+        go_on_from(run_dir, found)
         write_recipe(recipe, run_dir / "recipe.yaml")
-    found = find_checkpoint(run_dir, recipe.resume)
-    first_step = load_checkpoint(found, model=raw, optimizer=optimizer.optimizer)["step"] if found else 0
     metrics = MetricsLog(run_dir / "metrics.jsonl" if accelerator.is_main_process else None, step=first_step)
     accelerator.print(
         f"{recipe.output_dir}: {n_parameters:,} parameters, {train_stream.tokens:,} training tokens, "
@@ -152,7 +166,8 @@ def train(recipe) -> int:
             val_stream, seq_len=recipe.seq_len, max_tokens=recipe.eval_tokens,
             micro_batch_size=recipe.micro_batch_size, vocab_size=config.vocab_size, device=device, **share,
         )  # fmt: skip
-        loss, counted = validation_loss(raw, batches, reduce=lambda tensor: accelerator.reduce(tensor, "sum"))
+        add = (lambda tensor: accelerator.reduce(tensor, "sum")) if world_size > 1 else None
+        loss, counted = validation_loss(raw, batches, reduce=add)
         perplexity, tokens = math.exp(min(loss, 700.0)), step * recipe.global_batch_tokens
         metrics.write(step, "val", loss=loss, perplexity=perplexity, eval_tokens=counted, tokens=tokens)
         show(f"step {step:>6}  validation loss {loss:.4f}, perplexity {perplexity:,.1f}")
@@ -269,7 +284,19 @@ def model_shape(recipe) -> dict[str, int] | None:
     return shape | {name: value for name, value in overrides.items() if value is not None}
 
 
-def model_config(recipe, shape: dict[str, int], dataset) -> GPT2ReproConfig:
+def check_recipe(recipe, *, world_size: int) -> None:
+    """Name everything that is wrong with a recipe at once, before anything is loaded or written."""
+    shape = model_shape(recipe)
+    problems = recipe.problems(shape, world_size=world_size)
+    try:
+        GPT2ReproConfig(**(shape or {}))
+    except StrictDataclassError as error:
+        problems += str(error).split("ValueError: ")[-1].splitlines()
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def model_config(recipe, dataset) -> GPT2ReproConfig:
     """The configuration of a run's model: the recipe's shape, the dataset's vocabulary."""
     vocab_size = recipe.vocab_size or dataset.vocab_size
     if vocab_size < dataset.vocab_size:
@@ -277,28 +304,29 @@ def model_config(recipe, shape: dict[str, int], dataset) -> GPT2ReproConfig:
             f"vocab_size={vocab_size} is smaller than the {dataset.vocab_size} entries of the dataset's tokenizer: "
             "leave vocab_size out"
         )
-    try:
-        return GPT2ReproConfig(
-            **shape, vocab_size=vocab_size, bos_token_id=dataset.eot_id, eos_token_id=dataset.eot_id,
-            resid_pdrop=recipe.dropout, embd_pdrop=recipe.dropout, attn_pdrop=recipe.dropout,
-        )  # fmt: skip
-    except StrictDataclassError as error:
-        raise ValueError(str(error).split("ValueError: ")[-1]) from None
+    return GPT2ReproConfig(
+        **model_shape(recipe), vocab_size=vocab_size, bos_token_id=dataset.eot_id, eos_token_id=dataset.eot_id,
+        resid_pdrop=recipe.dropout, embd_pdrop=recipe.dropout, attn_pdrop=recipe.dropout,
+    )  # fmt: skip
 
 
-def check_tokenizer(recipe, dataset) -> None:
-    """Refuse a recipe whose tokenizer is not the dataset's, as far as that can be known without a network."""
-    wanted = recipe.tokenizer or ""
-    if wanted.startswith("train:") and wanted != f"train:{dataset.vocab_size}":
-        raise ValueError(
-            f"tokenizer is {wanted}, but {recipe.dataset_dir[0]} has one of {dataset.vocab_size} entries: "
-            "leave tokenizer out, or give another dataset_dir to prepare"
-        )
-    if wanted and Path(wanted).is_dir() and tokenizer_sha256(wanted) != dataset.tokenizer_sha256:
-        raise ValueError(
-            f"tokenizer {wanted} is not the one that {recipe.dataset_dir[0]} was prepared with: leave tokenizer out, "
-            "or give another dataset_dir to prepare"
-        )
+def check_dataset(recipe, dataset) -> None:
+    """Refuse a dataset that was made from another source or with another tokenizer than the recipe's.
+
+    A tokenizer of the Hub is compared as far as it can be without a network: a trained one is never one of those.
+    """
+    folder, wanted = recipe.dataset_dir[0], recipe.tokenizer or ""
+    advice = "give another dataset_dir to prepare, or leave it out of the recipe"
+    made_from, made_with = dataset.info.get("source"), str(dataset.info.get("tokenizer", ""))
+    if recipe.source and made_from and not was_made_from(made_from, recipe.source, list(recipe.files)):
+        files = f" {', '.join(recipe.files)}" if recipe.files else ""
+        raise ValueError(f"source is {recipe.source}{files}, but {folder} was made from {made_from}: {advice}")
+    if Path(wanted).is_dir() and wanted:
+        same = tokenizer_sha256(wanted) == dataset.tokenizer_sha256
+    else:
+        same = not wanted or wanted == made_with or "train:" not in wanted + made_with
+    if not same:
+        raise ValueError(f"tokenizer is {wanted}, but {folder} has another one ({made_with or 'named'}): {advice}")
 
 
 def check_init_from(recipe, found: GPT2ReproConfig, wanted: GPT2ReproConfig) -> None:
@@ -311,8 +339,23 @@ def check_init_from(recipe, found: GPT2ReproConfig, wanted: GPT2ReproConfig) -> 
     found.resid_pdrop = found.embd_pdrop = found.attn_pdrop = recipe.dropout
 
 
-def prepare_dataset(recipe) -> None:
-    """Make `dataset_dir` from the recipe's source."""
+def check_resume(recipe, found: Path, record: dict, fingerprint: str) -> None:
+    """Refuse a checkpoint of another dataset, or one that lies at or past the end of another run."""
+    if record["dataset_fingerprint"] != fingerprint:
+        raise ValueError(f"{found} was trained on another dataset: start from its weights with --init_from")
+    end = recipe.max_steps
+    if record["step"] > end or (record["step"] == end and found.parent != Path(recipe.output_dir).resolve()):
+        raise ValueError(f"{found} is at step {record['step']}, max_steps is {end}: give more steps")
+
+
+def prepare_dataset(recipe, *, world_size: int) -> None:
+    """Make `dataset_dir` from the recipe's source; not from the Hub while other processes wait for it."""
+    if world_size > 1 and recipe.source not in ("python-docs", "files"):
+        raise ValueError(
+            f"{recipe.dataset_dir[0]} does not exist, and making it takes longer than processes wait for each other: "
+            f"python -m gpt2repro.data.prepare --source {recipe.source} --tokenizer {recipe.tokenizer} "
+            f"--out {recipe.dataset_dir[0]} --workers {os.cpu_count()}"
+        )
     print(f"preparing {recipe.dataset_dir[0]} from {recipe.source}")
     prepare(
         source=recipe.source, files=list(recipe.files) or None, tokenizer=recipe.tokenizer, out=recipe.dataset_dir[0],

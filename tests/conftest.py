@@ -57,7 +57,7 @@ class TrainScript:
         command += [str(ROOT / "train_accelerate.py"), *self.flags(output_dir, **fields)]
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(env or {})},
         )  # fmt: skip
 
     def __call__(self, output_dir: Path, *, exit_code: int = 0, **settings) -> str:

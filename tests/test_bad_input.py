@@ -63,10 +63,16 @@ def test_a_recipe_that_is_missing_or_no_yaml_is_refused(tmp_path, capsys):
 
 
 def test_all_problems_of_a_recipe_are_named_at_once(refused):
-    lines = refused(model="gpt3", schedule="linear", beta2=1.5, micro_batch_size=3, warmup_steps=8, grad_clip=-1)
+    lines = refused(
+        schedule="linear", beta2=1.0, micro_batch_size=3, warmup_steps=8, grad_clip=-1, n_head=5, n_layer=0,
+        eval_tasks="piqa", eval_every=0, files="a.txt", vocab_size=0,
+    )  # fmt: skip
     assert [line.split(":")[1].split()[0] for line in lines] == [
-        "model", "schedule", "grad_clip", "beta2", "warmup_steps=8", "global_batch_tokens=256",
+        "schedule", "grad_clip", "beta2", "warmup_steps=8", "source", "eval_tasks", "vocab_size",
+        "global_batch_tokens=256", "n_layer", "n_embd=32",
     ]  # fmt: skip
+    (line,) = refused(model="gpt3")
+    assert "give one of gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo" in line
 
 
 def test_a_global_batch_that_does_not_divide_names_the_micro_batch_sizes_that_do(refused):
@@ -113,9 +119,21 @@ def test_a_tokenizer_that_is_not_the_datasets_is_refused(refused, tmp_path, tiny
     other = AutoTokenizer.from_pretrained(tiny_dataset)
     other.add_tokens(["<|other|>"])
     other.save_pretrained(tmp_path / "other")
-    for tokenizer in (tmp_path / "other", "train:600"):
-        lines = refused(tokenizer=tokenizer)
-        assert any("tokenizer" in line for line in lines), lines
+    for tokenizer in (tmp_path / "other", "train:600", "openai-community/gpt2"):
+        (line,) = refused(tokenizer=tokenizer)
+        assert f"tokenizer is {tokenizer}, but {tiny_dataset} has another one (train:512)" in line
+
+
+def test_a_dataset_that_was_made_from_other_text_is_refused(refused, tmp_path):
+    from gpt2repro.data.prepare import prepare
+
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(f"The text of {name}. " * 400)
+    made = prepare(source="files", files=[str(tmp_path / "a.txt")], tokenizer="train:262", out=tmp_path / "data")
+    (line,) = refused(source="files", files=tmp_path / "b.txt", tokenizer="train:262", dataset_dir=made)
+    assert f"source is files {tmp_path / 'b.txt'}, but {made} was made from" in line
+    (line,) = refused(source="python-docs", tokenizer="train:262", dataset_dir=made)
+    assert "source is python-docs, but" in line
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(refused):
@@ -138,7 +156,8 @@ def test_token_ids_past_the_vocabulary_are_refused_with_their_place(dataset_copy
 def test_an_unwritable_output_folder_is_refused(refused, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     (line,) = refused(output_dir=tmp_path / "file" / "run")
-    assert str(tmp_path / "file") in line
+    assert f"output_dir {tmp_path / 'file' / 'run'} cannot be written" in line
+    assert line.endswith("give another --output_dir")
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
@@ -189,6 +208,15 @@ def test_samples_and_validation_that_cannot_work_are_refused_at_the_start(refuse
     assert train_accelerate.main([*flags, "--sample_tokens", "40"]) == 1
     assert "do not fit the model's 32 positions" in capsys.readouterr().err
     assert not list((tmp_path / "long").glob("step-*"))
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(unbroken_run, train_script, tmp_path):
+    latest = unbroken_run / "latest"
+    output = train_script(tmp_path / "wider", n_embd=64, resume=latest, max_steps=20, exit_code=1)
+    assert "is not of this model" in output and "size mismatch" in output
+    output = train_script(tmp_path / "ended", resume=latest, exit_code=1)
+    assert "is at step 8, max_steps is 8: give more steps" in output
+    assert "Traceback" not in output
 
 
 def test_weights_of_another_shape_are_refused(refused, unbroken_run):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,15 +106,15 @@ def test_sigterm_saves_at_the_step_and_exits_75_and_the_run_goes_on_bit_exactly(
     assert_same_bits(run_dir, unbroken_run)
 
 
-def test_a_dropout_run_resumes_bit_exactly(train_script, tmp_path):
-    train_script(tmp_path / "unbroken", dropout=0.1)
-    train_script(tmp_path / "run", dropout=0.1, keep_last=0)
-    for newer in ("step-00000006", "step-00000008"):
-        for file in (tmp_path / "run" / newer).iterdir():
-            file.unlink()
-        (tmp_path / "run" / newer).rmdir()
-    assert "resumed from" in train_script(tmp_path / "run", dropout=0.1)
-    assert_same_bits(tmp_path / "run", tmp_path / "unbroken")
+def test_going_back_repeats_the_run_with_the_same_dropout_and_sets_what_was_newer_aside(train_script, tmp_path):
+    run_dir = tmp_path / "run"
+    train_script(run_dir, dropout=0.1, keep_last=0)
+    shutil.copytree(run_dir, tmp_path / "unbroken", symlinks=True)
+    train_script(run_dir, dropout=0.1, keep_last=1, resume=run_dir / "step-00000003")
+    assert_same_bits(run_dir, tmp_path / "unbroken")
+    assert sorted(path.name for path in run_dir.glob("*step-*")) == [
+        "abandoned-step-00000006", "abandoned-step-00000008", "step-00000008",
+    ]  # fmt: skip
 
 
 def test_compile_validation_hellaswag_and_samples_share_a_run_without_recompiling(

@@ -97,6 +97,17 @@ def open_source(
     return HubDataset(str(dataset), config=config, split=split, text_field=text_field, revision=revision, part=part)
 
 
+def was_made_from(record: dict, name: str, files: list[str]) -> bool:
+    """Whether the `source` that a dataset.json records is this one. Files that are gone compare by kind alone."""
+    if name != "files":
+        dataset = SHAKESPEARE if name == "tinyshakespeare" else HUB.get(name, (name, None))[0]
+        return record.get("dataset", record.get("name")) == dataset
+    try:
+        return record == Files(files).record
+    except ValueError:
+        return record.get("name") == "files"
+
+
 class PythonDocs(Source):
     """English that every Python carries: its language reference, and the standard library's long docstrings."""
 

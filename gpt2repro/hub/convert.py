@@ -49,8 +49,8 @@ def to_stock(model: GPT2ReproForCausalLM) -> GPT2LMHeadModel:
     return _fill(GPT2LMHeadModel, GPT2Config(**{name: getattr(model.config, name) for name in SHARED_FIELDS}), model)
 
 
-def load_as_gpt2repro(source: str | Path) -> GPT2ReproForCausalLM:
-    """A checkpoint of either kind (folder or Hub id) as a GPT2Repro model in fp32.
+def load_as_gpt2repro(source: str | Path, *, dtype: torch.dtype | str = torch.float32) -> GPT2ReproForCausalLM:
+    """A checkpoint of either kind (folder or Hub id) as a GPT2Repro model; dtype "auto" is that of its tensors.
 
     Raises:
         ValueError: no checkpoint there, or one of another architecture.
@@ -58,9 +58,9 @@ def load_as_gpt2repro(source: str | Path) -> GPT2ReproForCausalLM:
     try:
         kind = AutoConfig.from_pretrained(source).model_type
         if kind == "gpt2repro":
-            return GPT2ReproForCausalLM.from_pretrained(source, dtype=torch.float32)
+            return GPT2ReproForCausalLM.from_pretrained(source, dtype=dtype)
         if kind == "gpt2":
-            return from_stock(GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32))
+            return from_stock(GPT2LMHeadModel.from_pretrained(source, dtype=dtype))
     except OSError as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"no checkpoint loads from {str(source)!r}: give a folder or a Hub id ({reason})") from error
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.dst.exists() and any(args.dst.iterdir()):
             raise ValueError(f"{args.dst} is not empty: give a new folder")
-        model = load_as_gpt2repro(args.src)
+        model = load_as_gpt2repro(args.src, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(args.src)
         (to_stock(model) if args.to == "gpt2" else model).save_pretrained(args.dst)
         tokenizer.save_pretrained(args.dst)

@@ -110,9 +110,11 @@ class Recipe:
         }  # fmt: skip
         found += [f"{name} is {getattr(self, name)}: give at least {low}" for name, low in at_least.items()
                   if not getattr(self, name) >= low]  # fmt: skip
-        for name in ("min_lr_ratio", "beta1", "beta2", "dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                found.append(f"{name} is {getattr(self, name)}: give a number from 0 to 1")
+        for name in ("beta1", "beta2", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"{name} is {getattr(self, name)}: give a number from 0 to below 1")
+        if not 0 <= self.min_lr_ratio <= 1:
+            found.append(f"min_lr_ratio is {self.min_lr_ratio}: give a number from 0 to 1")
         if self.warmup_steps >= self.max_steps > 0:
             found.append(f"warmup_steps={self.warmup_steps} leaves nothing of max_steps={self.max_steps}: lower it")
         if len(self.dataset_dir) != 1 and (self.source or not self.dataset_dir):
@@ -121,8 +123,14 @@ class Recipe:
             )
         if self.source and not self.tokenizer:
             found.append("a source without a tokenizer: give a folder, a Hub id, or train:N")
-        if self.source == "files" and not self.files:
-            found.append("source is files, but no files are named: give --files PATH …")
+        if (self.source == "files") != bool(self.files):
+            found.append(
+                f"source is {self.source} and files names {len(self.files)}: they go together, --source files"
+            )
+        if self.eval_tasks and not self.eval_every:
+            found.append("eval_tasks are scored at every validation, but eval_every is 0: give a number of steps")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            found.append(f"vocab_size is {self.vocab_size}: give at least 1, or leave it out")
         if shape is not None and self.seq_len > shape.get("n_positions", 1024):
             found.append(
                 f"seq_len={self.seq_len} is longer than the model's n_positions={shape.get('n_positions', 1024)}: "

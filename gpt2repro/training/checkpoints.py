@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -59,18 +60,46 @@ def save_checkpoint(
         tokenizer.save_pretrained(aside)
         save_file(tensors, aside / OPTIMIZER)
         _complete(aside, {"format": FORMAT_VERSION, "step": step, **state})
-        if final.exists():  # a broken one of the same step, passed over by `resume: previous`
-            shutil.rmtree(final)
         os.replace(aside, final)
-        link = run_dir / ".latest.tmp"
-        link.unlink(missing_ok=True)
-        link.symlink_to(final.name)
-        os.replace(link, run_dir / "latest")
-        _sync(run_dir)
-        _prune(run_dir, keep_last)
+        _point_latest_at(final)
+        for old in _complete_checkpoints(run_dir)[:-keep_last] if keep_last else []:
+            os.replace(old, run_dir / f".{old.name}.tmp")  # first out of sight: half a checkpoint must not look whole
+            shutil.rmtree(run_dir / f".{old.name}.tmp")
 
-    on_main_process(accelerator, write)
+    def explained() -> None:
+        try:
+            write()
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"saving step {step} in {run_dir} failed ({error}); what was saved before is untouched: "
+                "make room and run the same command again"
+            ) from error
+
+    on_main_process(accelerator, explained)
     return final
+
+
+def go_on_from(run_dir: Path, found: Path | None) -> None:
+    """Make `found` the newest checkpoint of the run; on the main process, before anything is saved.
+
+    What a kill left of a save is deleted. Checkpoints after `found`, which the run goes back behind, are renamed to
+    abandoned-…, so that a later `resume: auto` does not take them for the newest.
+    """
+    for leftover in run_dir.glob(".step-*.tmp"):
+        shutil.rmtree(leftover)
+    if found and found.parent == run_dir.resolve():
+        for newer in (path for path in run_dir.glob("step-*") if path.name > found.name):
+            shutil.rmtree(run_dir / f"abandoned-{newer.name}", ignore_errors=True)
+            os.replace(newer, run_dir / f"abandoned-{newer.name}")
+        _point_latest_at(run_dir / found.name)
+
+
+def _point_latest_at(checkpoint: Path) -> None:
+    link = checkpoint.parent / ".latest.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(checkpoint.name)
+    os.replace(link, checkpoint.parent / "latest")
+    _sync(checkpoint.parent)
 
 
 def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
@@ -79,7 +108,7 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
     Raises:
         ValueError: a path that is no complete checkpoint; `previous` where there are fewer than two.
     """
-    complete = _complete_checkpoints(run_dir)
+    complete = _complete_checkpoints(run_dir.resolve())
     if resume == "auto":
         return complete[-1] if complete else None
     if resume == "never":
@@ -105,7 +134,10 @@ def load_checkpoint(path: Path, *, model: PreTrainedModel, optimizer: torch.opti
         ValueError: a missing, truncated or changed file, or a state that does not fit the model; the file is named.
     """
     record = verify_checkpoint(path)
-    missing, unexpected = load_model(model, path / "model.safetensors", strict=False)
+    try:
+        missing, unexpected = load_model(model, path / "model.safetensors", strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is not of this model: {' '.join(str(error).split())[:300]}") from None
     if missing or unexpected:
         raise ValueError(f"{path} is not of this model: missing {sorted(missing)[:3]}, unexpected {unexpected[:3]}")
     options = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -142,12 +174,6 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     return record
 
 
-def remove_unfinished(run_dir: Path) -> None:
-    """Delete what a kill left of a save."""
-    for leftover in run_dir.glob(".step-*.tmp"):
-        shutil.rmtree(leftover)
-
-
 def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Optimizer state by parameter name. Settings (lr, betas, decay) are the recipe's and not saved."""
     options = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -171,12 +197,6 @@ def _complete(folder: Path, record: dict[str, Any]) -> None:
 
 def _complete_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(path.parent for path in run_dir.glob(f"step-*/{RECORD}"))
-
-
-def _prune(run_dir: Path, keep_last: int) -> None:
-    if keep_last:
-        for old in _complete_checkpoints(run_dir)[:-keep_last]:
-            shutil.rmtree(old)
 
 
 def _sha256(file: Path) -> str:

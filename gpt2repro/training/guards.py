@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
 
 from gpt2repro.training.arguments import Recipe
 
@@ -68,7 +67,7 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], None]) -> Non
     if accelerator.is_main_process:
         try:
             action()
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError) as error:
             message = [str(error)]
     broadcast_object_list(message)
     if message[0] is not None:

@@ -26,8 +26,7 @@ def claim_run_folder(recipe: Recipe, *, dataset: dict[str, Any], model: dict[str
 
     Raises:
         ValueError: the folder holds another run (what differs is named), something else, or a run that `resume: never`
-            must not touch. Nothing is written then.
-        OSError: the folder cannot be written.
+            must not touch; or it cannot be written. Nothing is written then.
     """
     folder = Path(recipe.output_dir)
     aside = folder / f".{RUN_RECORD}.tmp"  # all that a kill at the very start leaves behind
@@ -49,10 +48,13 @@ def claim_run_folder(recipe: Recipe, *, dataset: dict[str, Any], model: dict[str
         record["starts"] = before["starts"]
     elif folder.is_dir() and {path.name for path in folder.iterdir()} - {aside.name}:
         raise ValueError(f"output_dir {folder} is not empty and holds no run: give another --output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
     record["starts"].append(_start(world_size))
-    aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, folder / RUN_RECORD)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        os.replace(aside, folder / RUN_RECORD)
+    except OSError as error:
+        raise ValueError(f"output_dir {folder} cannot be written ({error}): give another --output_dir") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
