@@ -124,12 +124,13 @@ def test_a_tokenizer_that_is_not_the_datasets_is_refused(refused, tmp_path, tiny
         assert f"tokenizer is {tokenizer}, but {tiny_dataset} has another one (train:512)" in line
 
 
-def test_a_dataset_that_was_made_from_other_text_is_refused(refused, tmp_path):
+def test_a_dataset_that_was_made_from_other_text_is_refused(refused, tmp_path, capsys):
     from gpt2repro.data.prepare import prepare
 
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(f"The text of {name}. " * 400)
     made = prepare(source="files", files=[str(tmp_path / "a.txt")], tokenizer="train:262", out=tmp_path / "data")
+    capsys.readouterr()
     (line,) = refused(source="files", files=tmp_path / "b.txt", tokenizer="train:262", dataset_dir=made)
     assert f"source is files {tmp_path / 'b.txt'}, but {made} was made from" in line
     (line,) = refused(source="python-docs", tokenizer="train:262", dataset_dir=made)
