@@ -200,14 +200,17 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 f"a sequence of {T} tokens is longer than the model's n_positions={self.config.n_positions}: "
                 "shorten or split it"
             )
-        # The mask is made from the caller's positions: an arange would materialise one where none is needed.
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        packed = attention_mask is None and past_key_values is None and position_ids is None
+        if packed and self.config._attn_implementation == "sdpa":
+            mask = None  # sdpa is told is_causal; while compiling, the library may make a mask all the same
+        else:  # from the caller's positions: an arange would materialise a mask where none is needed
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(T, device=inputs_embeds.device) + seen).unsqueeze(0)  # (1, T)
