@@ -42,7 +42,7 @@ from gpt2repro.training.guards import STOPPED_BY_SIGNAL, BadSteps, StopSignal, o
 from gpt2repro.training.launch import compile_wanted, start_accelerator
 from gpt2repro.training.metrics import MetricsLog, flops_per_token, peak_flops, peak_memory_bytes
 from gpt2repro.training.optimizer import make_optimizer
-from gpt2repro.training.run_folder import claim_run_folder
+from gpt2repro.training.run_folder import check_run_folder, write_run_record
 from gpt2repro.training.schedule import lr_at
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -123,9 +123,7 @@ def train(recipe) -> int:
     sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
     describe = {"parameters": n_parameters, **{name: getattr(config, name) for name in sizes}}
     facts = {"dir": recipe.dataset_dir, "fingerprint": dataset.fingerprint, "train_tokens": train_stream.tokens}
-    on_main_process(
-        accelerator, lambda: claim_run_folder(recipe, dataset=facts, model=describe, world_size=world_size)
-    )
+    run_record = check_run_folder(recipe, dataset=facts, model=describe)
     run_dir = Path(recipe.output_dir)
     if compiled:
         # In place and before prepare: one graph, clean state-dict keys, and no_sync keeps working. DDPOptimizer would
@@ -140,6 +138,8 @@ def train(recipe) -> int:
         record = load_checkpoint(found, model=raw, optimizer=optimizer.optimizer)
         first_step = record["step"]
         check_resume(recipe, found, record, dataset.fingerprint)
+    # Written last: a start that was refused leaves no run behind that the corrected command would not fit.
+    on_main_process(accelerator, lambda: write_run_record(run_dir, run_record, world_size=world_size))
     if accelerator.is_main_process:
         go_on_from(run_dir, found)
         write_recipe(recipe, run_dir / "recipe.yaml")

@@ -217,6 +217,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(unbroken_run, 
     assert "is not of this model" in output and "size mismatch" in output
     output = train_script(tmp_path / "ended", resume=latest, exit_code=1)
     assert "is at step 8, max_steps is 8: give more steps" in output
+    assert not (tmp_path / "wider").exists() and not (tmp_path / "ended").exists()
     assert "Traceback" not in output
 
 

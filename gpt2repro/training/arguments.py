@@ -131,9 +131,9 @@ class Recipe:
             found.append("eval_tasks are scored at every validation, but eval_every is 0: give a number of steps")
         if self.vocab_size is not None and self.vocab_size < 1:
             found.append(f"vocab_size is {self.vocab_size}: give at least 1, or leave it out")
-        if shape is not None and self.seq_len > shape.get("n_positions", 1024):
+        if shape is not None and self.seq_len > shape["n_positions"]:
             found.append(
-                f"seq_len={self.seq_len} is longer than the model's n_positions={shape.get('n_positions', 1024)}: "
+                f"seq_len={self.seq_len} is longer than the model's n_positions={shape['n_positions']}: "
                 "lower seq_len or raise n_positions"
             )
         if min(self.seq_len, self.global_batch_tokens, self.micro_batch_size) >= 1:

@@ -17,19 +17,19 @@ import torch
 from gpt2repro.training.arguments import DEFINING_FIELDS, Recipe
 
 RUN_RECORD = "run.json"
+UNFINISHED_RECORD = f".{RUN_RECORD}.tmp"  # all that a kill at the very start leaves behind
 
 
-def claim_run_folder(recipe: Recipe, *, dataset: dict[str, Any], model: dict[str, Any], world_size: int) -> None:
-    """Make `output_dir` this run's, or go on with it when it already is; write or extend its run.json.
+def check_run_folder(recipe: Recipe, *, dataset: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """The record of the run that `output_dir` is to hold, after checking that it holds no other. Nothing is written.
 
     `dataset` must have a `fingerprint`; `model` is what to record of the network. run.json keeps every start.
 
     Raises:
         ValueError: the folder holds another run (what differs is named), something else, or a run that `resume: never`
-            must not touch; or it cannot be written. Nothing is written then.
+            must not touch.
     """
     folder = Path(recipe.output_dir)
-    aside = folder / f".{RUN_RECORD}.tmp"  # all that a kill at the very start leaves behind
     record: dict[str, Any] = {"recipe": asdict(recipe), "dataset": dataset, "model": model, "starts": []}
     if (folder / RUN_RECORD).exists():
         before = _read(folder / RUN_RECORD)
@@ -46,8 +46,18 @@ def claim_run_folder(recipe: Recipe, *, dataset: dict[str, Any], model: dict[str
                 "or the same values to go on with it"
             )
         record["starts"] = before["starts"]
-    elif folder.is_dir() and {path.name for path in folder.iterdir()} - {aside.name}:
+    elif folder.is_dir() and {path.name for path in folder.iterdir()} - {UNFINISHED_RECORD}:
         raise ValueError(f"output_dir {folder} is not empty and holds no run: give another --output_dir")
+    return record
+
+
+def write_run_record(folder: Path, record: dict[str, Any], *, world_size: int) -> None:
+    """Make `folder` the run's: add this start to its record and write it as run.json.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+    aside = folder / UNFINISHED_RECORD
     record["starts"].append(_start(world_size))
     try:
         folder.mkdir(parents=True, exist_ok=True)
