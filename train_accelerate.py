@@ -82,7 +82,7 @@ def train(recipe) -> int:
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     accelerator = start_accelerator(recipe)
     transformers_logging.disable_progress_bar()  # a bar for every file of every checkpoint
-    device = accelerator.device
+    device, sharded = accelerator.device, accelerator.is_fsdp2
     compiled = compile_wanted(recipe, device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
@@ -127,9 +127,10 @@ def train(recipe) -> int:
     run_dir = Path(recipe.output_dir)
     if compiled:
         # In place and before prepare: one graph, clean state-dict keys, and no_sync keeps working. DDPOptimizer would
-        # split the graph at every bucket.
+        # split the graph at every bucket. FSDP2 gathers between the blocks, which no graph can hold: a graph a block.
         torch._dynamo.config.optimize_ddp = False
-        raw.compile(fullgraph=True, dynamic=False)
+        for part in raw.transformer.h if sharded else [raw]:
+            part.compile(fullgraph=True, dynamic=False)
     model, optimizer = accelerator.prepare(raw, optimizer)
 
     # ---- resume --------------------------------------------------------------------------------------------
@@ -172,8 +173,10 @@ def train(recipe) -> int:
         metrics.write(step, "val", loss=loss, perplexity=perplexity, eval_tokens=counted, tokens=tokens)
         show(f"step {step:>6}  validation loss {loss:.4f}, perplexity {perplexity:,.1f}")
         if tasks and step:
+            # A sharded model runs on all processes at once or on none, so there each one scores every item.
+            split = {} if sharded else {"gather_object": gather_object, **share}
             with accelerator.autocast():
-                rows = evaluate_tasks(raw, tasks, gather_object=gather_object, **share)
+                rows = evaluate_tasks(raw, tasks, **split)
             for row in rows:
                 metrics.write(step, "eval", tokens=tokens, **row)
                 show(f"step {step:>6}  " + ", ".join(f"{name} {value}" for name, value in row.items()))
@@ -196,7 +199,7 @@ def train(recipe) -> int:
         save_checkpoint(
             run_dir, step, model=raw, optimizer=optimizer.optimizer, tokenizer=tokenizer, accelerator=accelerator,
             state={"tokens": step * recipe.global_batch_tokens, "dataset_fingerprint": dataset.fingerprint},
-            keep_last=recipe.keep_last,
+            keep_last=recipe.keep_last, keep_every=recipe.keep_every,
         )  # fmt: skip
         metrics.write(step, "checkpoint", seconds=time.perf_counter() - began)
 
@@ -232,6 +235,8 @@ def train(recipe) -> int:
             loss_sum += loss.detach() / loader.accumulation
 
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.grad_clip or math.inf)
+        if sharded:
+            grad_norm = grad_norm.full_tensor()
         # The one host sync of a step: the loss over all micro steps and processes, the norm, and whether to stop.
         stopping = torch.full((), float(bool(stop.received)), device=device)
         sums = accelerator.reduce(torch.stack([loss_sum / world_size, stopping]), "sum")

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "train_accelerate.py"
+CONFIGS = ROOT / "accelerate_configs"
 
 
 @pytest.fixture(scope="session")
@@ -47,14 +49,16 @@ class TrainScript:
         recipe = {**TINY, "dataset_dir": self.dataset, "output_dir": output_dir, **fields}
         return [word for name, value in recipe.items() for word in (f"--{name}", str(value))]
 
-    def start(self, output_dir: Path, *, processes: int = 1, env: dict | None = None, **fields) -> subprocess.Popen:
+    def start(
+        self, output_dir: Path, *, processes: int = 1, config: Path = CONFIGS / "cpu_2proc.yaml",
+        script: Path = SCRIPT, env: dict | None = None, **fields,
+    ) -> subprocess.Popen:  # fmt: skip
         """The script, started; standard output and error come together."""
         command = [sys.executable]
         if processes > 1:
-            config = ROOT / "accelerate_configs" / "cpu_2proc.yaml"
             command += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes",
                         str(processes), "--main_process_port", "0"]  # fmt: skip
-        command += [str(ROOT / "train_accelerate.py"), *self.flags(output_dir, **fields)]
+        command += [str(script), *self.flags(output_dir, **fields)]
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(env or {})},

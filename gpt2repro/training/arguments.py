@@ -87,7 +87,8 @@ class Recipe:
     sample_tokens: int = _option(32, "new tokens a sample")
     num_samples: int = _option(4, "samples a time")
     save_every: int = _option(1000, "steps between checkpoints; the last step is always saved")
-    keep_last: int = _option(2, "checkpoints kept; 0 keeps all")
+    keep_last: int = _option(2, "newest checkpoints kept; 0 keeps all")
+    keep_every: int = _option(0, "steps between checkpoints that are kept for good; 0 is none")
     resume: str = _option("auto", "auto, never, previous (the checkpoint before the newest), or a checkpoint's path")
 
     def problems(self, shape: dict[str, int] | None, *, world_size: int = 1) -> list[str]:
@@ -105,7 +106,7 @@ class Recipe:
         at_least = {
             "seq_len": 1, "global_batch_tokens": 1, "micro_batch_size": 1, "max_steps": 1, "warmup_steps": 0,
             "eval_every": 0, "eval_tokens": 1, "sample_every": 0, "sample_tokens": 1, "num_samples": 1,
-            "save_every": 1, "keep_last": 0, "max_bad_steps": 1, "seed": 0,
+            "save_every": 1, "keep_last": 0, "keep_every": 0, "max_bad_steps": 1, "seed": 0,
             "learning_rate": 0, "weight_decay": 0, "grad_clip": 0,
         }  # fmt: skip
         found += [f"{name} is {getattr(self, name)}: give at least {low}" for name, low in at_least.items()

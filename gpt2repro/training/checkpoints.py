@@ -5,7 +5,8 @@
     runs/NAME/latest           a link to the newest
 
 A checkpoint is written to a hidden folder, synced to the disk and renamed; older ones are deleted only after that. A
-folder without its record does not exist for resume. Nothing in it is a pickle.
+folder without its record does not exist for resume. Nothing in it is a pickle. The files are the same whether one
+process trained, several (DDP), or several with a shard of every tensor each (FSDP2), so any of them resumes from any.
 """
 
 import json
@@ -18,12 +19,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from gpt2repro.training.guards import on_main_process
@@ -43,26 +48,31 @@ def save_checkpoint(
     accelerator: Accelerator,
     state: dict[str, Any],
     keep_last: int,
+    keep_every: int = 0,
 ) -> Path:
     """Save step `step`; called on every process. `state` is what the record keeps beside the step.
+
+    Afterwards the `keep_last` newest stay (0: all), and those of every `keep_every` steps (0: none more).
 
     Raises:
         ValueError: on every process when the main one could not write; what was there before is untouched.
     """
     final = run_dir / f"step-{step:08d}"
-    tensors = _optimizer_tensors(model, optimizer)
+    weights, tensors = _whole_tensors(model, optimizer)
 
     def write() -> None:
         aside = run_dir / f".{final.name}.tmp"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        model.save_pretrained(aside, max_shard_size="1TB")  # one file, however large
+        _unsharded(model).save_pretrained(aside, state_dict=weights, max_shard_size="1TB")  # one file, however large
         tokenizer.save_pretrained(aside)
         save_file(tensors, aside / OPTIMIZER)
         _complete(aside, {"format": FORMAT_VERSION, "step": step, **state})
         os.replace(aside, final)
         _point_latest_at(final)
         for old in _complete_checkpoints(run_dir)[:-keep_last] if keep_last else []:
+            if keep_every and int(old.name.removeprefix("step-")) % keep_every == 0:
+                continue
             os.replace(old, run_dir / f".{old.name}.tmp")  # first out of sight: half a checkpoint must not look whole
             shutil.rmtree(run_dir / f".{old.name}.tmp")
 
@@ -134,20 +144,26 @@ def load_checkpoint(path: Path, *, model: PreTrainedModel, optimizer: torch.opti
         ValueError: a missing, truncated or changed file, or a state that does not fit the model; the file is named.
     """
     record = verify_checkpoint(path)
+    weights = load_file(path / "model.safetensors")
+    for name, source in model.all_tied_weights_keys.items():  # a tied tensor is in the file once
+        if source in weights:
+            weights[name] = weights[source]
     try:
-        missing, unexpected = load_model(model, path / "model.safetensors", strict=False)
-    except RuntimeError as error:
+        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=isinstance(model, FSDPModule)))
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not of this model: {' '.join(str(error).split())[:300]}") from None
-    if missing or unexpected:
-        raise ValueError(f"{path} is not of this model: missing {sorted(missing)[:3]}, unexpected {unexpected[:3]}")
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    current: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    current: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=flat)
     tensors = load_file(path / OPTIMIZER)
     if tensors.keys() != {name for name in current if name.startswith("state.")}:
         raise ValueError(
             f"{path / OPTIMIZER} is not of this optimizer: it holds {len(tensors)} tensors of other names"
         )
-    set_optimizer_state_dict(model, optimizer, current | tensors, options=options)
+    for name, now in current.items():
+        if isinstance(now, DTensor):  # this process's shard of it; every process has read the whole
+            whole = tensors[name].to(now.device)
+            tensors[name] = distribute_tensor(whole, now.device_mesh, now.placements, src_data_rank=None)
+    set_optimizer_state_dict(model, optimizer, current | tensors, options=flat)
     return record
 
 
@@ -174,11 +190,32 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     return record
 
 
-def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Optimizer state by parameter name. Settings (lr, betas, decay) are the recipe's and not saved."""
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
+def _unsharded(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as what it was before FSDP2 gave it a class of its own, whose files save_pretrained would copy."""
+    if not isinstance(model, FSDPModule):
+        return model
+    architecture = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    with torch.device("meta"):
+        plain = architecture(model.config)
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def _whole_tensors(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Weights and optimizer state by parameter name, gathered where they are sharded (then empty on other ranks).
+
+    Settings of the optimizer (lr, betas, decay) are the recipe's and not saved.
+    """
+    gather = isinstance(model, FSDPModule)
+    options = StateDictOptions(full_state_dict=gather, cpu_offload=gather, flatten_optimizer_state_dict=True)
+    weights: dict[str, Any] = get_model_state_dict(model, options=options)
     flat: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
-    return {name: value.contiguous() for name, value in flat.items() if name.startswith("state.")}
+    return (
+        {name: value for name, value in weights.items() if name not in model.all_tied_weights_keys},
+        {name: value.contiguous() for name, value in flat.items() if name.startswith("state.")},
+    )
 
 
 def _complete(folder: Path, record: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ import os
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from gpt2repro.training.arguments import Recipe, accumulation_steps
 
@@ -26,10 +27,12 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
             "accelerate launch was asked for several processes and started one (it does so for --cpu): "
             "use --config_file accelerate_configs/cpu_2proc.yaml, or torchrun --nproc_per_node 2"
         )
+    precision = _mixed_precision(recipe, use_cpu=use_cpu)
     accelerator = Accelerator(
         cpu=use_cpu,
-        mixed_precision=_mixed_precision(recipe, use_cpu=use_cpu),
+        mixed_precision=precision,
         dynamo_backend="no",  # the script compiles the raw model itself, before prepare
+        fsdp_plugin=_sharding(precision),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -38,10 +41,11 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
             f"{world_size} processes were asked for and {accelerator.num_processes} is what this one sees: "
             "start them with accelerate launch --config_file accelerate_configs/….yaml, or torchrun"
         )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+    plain = accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if not (plain or accelerator.is_fsdp2):
         raise ValueError(
-            f"the launcher asks for {accelerator.distributed_type.value}: only data parallelism (DDP) is supported; "
-            "use accelerate_configs/ddp_8gpu.yaml"
+            f"the launcher asks for {accelerator.distributed_type.value}: DDP and FSDP2 are supported; use "
+            "accelerate_configs/ddp_8gpu.yaml or fsdp2_8gpu.yaml"
         )
     asked = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1))
     derived = accumulation_steps(recipe, world_size=world_size)
@@ -66,6 +70,14 @@ def compile_wanted(recipe: Recipe, device: torch.device) -> bool:
     if recipe.compile == "auto":
         return asked == "inductor" or device.type == "cuda"
     return recipe.compile == "true"
+
+
+def _sharding(precision: str) -> FullyShardedDataParallelPlugin | None:
+    """What the launcher says of FSDP, but with gradients summed and kept in fp32 as DDP does (Accelerate: in bf16)."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+        return None
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=bf16 if precision == "bf16" else None)
 
 
 def _mixed_precision(recipe: Recipe, *, use_cpu: bool) -> str:
