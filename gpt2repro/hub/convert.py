@@ -1,23 +1,34 @@
-"""Stock GPT-2 <-> GPT2Repro, both ways and lossless.
+"""Stock GPT-2 <-> GPT2Repro, both ways and lossless; checkpoints of nanoGPT and build-nanogpt in.
 
     python -m gpt2repro.hub.convert openai-community/gpt2 gpt2-repro --to gpt2repro
     python -m gpt2repro.hub.convert runs/demo/latest demo-stock --to gpt2
+    python -m gpt2repro.hub.convert out/ckpt.pt gpt2-nano --to gpt2 --tokenizer openai-community/gpt2
 
-DST is a complete checkpoint with its tokenizer. The only bytes that change are those of four weights a layer, which
-stock GPT-2 keeps transposed (its `Conv1D` is a linear layer of shape (in, out)).
+DST is a complete checkpoint with its tokenizer, written aside and renamed. The only bytes that change are those of
+four weights a layer, which stock GPT-2 keeps transposed (its `Conv1D` is a linear layer of shape (in, out)). Pickles
+(.bin, .pt) are read as weights only: code in one is refused, not run.
 """
 
 import argparse
+import os
+import pickle
+import re
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging as transformers_logging
 
 from configuration_gpt2repro import GPT2ReproConfig
+from gpt2repro.hub.upload import hub_is_reachable
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")  # what older files keep beside the weights
 SHARED_FIELDS = (
     "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function", "resid_pdrop",
     "embd_pdrop", "attn_pdrop", "layer_norm_epsilon", "initializer_range", "use_cache", "bos_token_id", "eos_token_id",
@@ -29,6 +40,7 @@ REQUIRED_OF_STOCK = {
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
+GPT2_TOKENS, GPT2_ROWS, MAX_PADDING = 50257, 50304, 128  # rows are tokens padded to a multiple of 64 or 128
 
 
 def from_stock(stock: GPT2LMHeadModel) -> GPT2ReproForCausalLM:
@@ -49,55 +61,175 @@ def to_stock(model: GPT2ReproForCausalLM) -> GPT2LMHeadModel:
     return _fill(GPT2LMHeadModel, GPT2Config(**{name: getattr(model.config, name) for name in SHARED_FIELDS}), model)
 
 
-def load_as_gpt2repro(source: str | Path, *, dtype: torch.dtype | str = torch.float32) -> GPT2ReproForCausalLM:
-    """A checkpoint of either kind (folder or Hub id) as a GPT2Repro model; dtype "auto" is that of its tensors.
+def load_as_gpt2repro(
+    source: str | Path, *, dtype: torch.dtype | str = torch.float32, vocab_size: int | None = None
+) -> GPT2ReproForCausalLM:
+    """A checkpoint of any kind as a GPT2Repro model: folder or Hub id, ours or stock, or a .pt file.
+
+    dtype "auto" is that of its tensors. `vocab_size` is how many rows of a .pt file's padded embedding are tokens
+    (None: 50257 of 50304, else all); other checkpoints keep theirs.
 
     Raises:
-        ValueError: no checkpoint there, or one of another architecture.
+        ValueError: no checkpoint there, one of another architecture, tensors that are missing, left over or of
+            another shape, a damaged file, or a pickle with more than tensors in it.
     """
+    if str(source).endswith(".pt"):
+        return _from_pt(Path(source), vocab_size).to(dtype=None if dtype == "auto" else dtype)
     try:
-        kind = AutoConfig.from_pretrained(source).model_type
-        if kind == "gpt2repro":
-            return GPT2ReproForCausalLM.from_pretrained(source, dtype=dtype)
-        if kind == "gpt2":
-            return from_stock(GPT2LMHeadModel.from_pretrained(source, dtype=dtype))
-    except OSError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"no checkpoint loads from {str(source)!r}: give a folder or a Hub id ({reason})") from error
-    raise ValueError(f"{source} holds a {kind} model: expected gpt2 or gpt2repro")
+        offline = not Path(source).is_dir() and not hub_is_reachable()
+        kind = AutoConfig.from_pretrained(source, local_files_only=offline).model_type
+        if kind not in ("gpt2", "gpt2repro"):
+            raise ValueError(f"{source} holds a {kind} model: expected gpt2 or gpt2repro")
+        model_class = GPT2LMHeadModel if kind == "gpt2" else GPT2ReproForCausalLM
+        model, info = model_class.from_pretrained(
+            source, dtype=dtype, local_files_only=offline, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"no checkpoint loads from {str(source)!r}: give a folder or a Hub id ({_short(error)})"
+        ) from error
+    unexpected = {name for name in info["unexpected_keys"] if not name.endswith(CAUSAL_MASKS)}
+    wrong = {f"{name} {list(found)}" for name, found, _ in info["mismatched_keys"]}
+    _refuse(source, missing=info["missing_keys"], unexpected=unexpected, wrong_shape=wrong)
+    return from_stock(model) if kind == "gpt2" else model
+
+
+def _from_pt(file: Path, vocab_size: int | None) -> GPT2ReproForCausalLM:
+    """What nanoGPT's train.py or build-nanogpt's train_gpt2.py saved. Their linear layers are stored as ours are."""
+    # build-nanogpt pickles its configuration as an object of its script's class; a bare object stands in for it.
+    stand_ins: list = [(SimpleNamespace, f"{module}.GPTConfig") for module in ("__main__", "train_gpt2", "model")]
+    try:
+        with torch.serialization.safe_globals(stand_ins):
+            saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        state = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}
+        settings = saved["model_args"] if "model_args" in saved else vars(saved["config"])
+        sizes = {name: settings[name] for name in ("n_layer", "n_head", "n_embd")}
+        wte, n_positions = state["transformer.wte.weight"], settings["block_size"]
+    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is no checkpoint of nanoGPT or build-nanogpt ({type(error).__name__}: {_short(error)})"
+        ) from error
+    tokens = vocab_size or (GPT2_TOKENS if len(wte) == GPT2_ROWS else len(wte))
+    if not tokens <= len(wte) < tokens + MAX_PADDING:
+        raise ValueError(f"{file} embeds {len(wte)} ids, the tokenizer has {tokens}: give the one it was trained with")
+    if not torch.equal(state.setdefault("lm_head.weight", wte), wte):
+        raise ValueError(f"{file} has a head of its own: expected it tied to transformer.wte.weight")
+    state["transformer.wte.weight"] = state["lm_head.weight"] = wte[:tokens]
+    # nanoGPT's GELU is the exact one, build-nanogpt's the tanh approximation of GPT-2.
+    activation = "gelu" if "model_args" in saved else "gelu_new"
+    end = GPT2_TOKENS - 1 if tokens == GPT2_TOKENS else None
+    config = GPT2ReproConfig(
+        **sizes, n_positions=n_positions, vocab_size=tokens, activation_function=activation, bos_token_id=end,
+        eos_token_id=end, dtype=wte.dtype,
+    )  # fmt: skip
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in GPT2ReproForCausalLM(config).state_dict().items()}
+    state = {name: tensor for name, tensor in state.items() if not name.endswith(CAUSAL_MASKS)}
+    if not settings.get("bias", True):  # no bias is the same function as a bias of zero
+        state = {n: torch.zeros(s, dtype=wte.dtype) for n, s in shapes.items() if n.endswith("bias")} | state
+        print(f"{file} was trained with bias=False: its biases are zeros", file=sys.stderr)
+    wrong = {f"{n} {list(t.shape)}" for n, t in state.items() if n in shapes and t.shape != shapes[n]}
+    _refuse(file, missing=shapes.keys() - state, unexpected=state.keys() - shapes, wrong_shape=wrong)
+    return _assign(GPT2ReproForCausalLM, config, {name: tensor.clone() for name, tensor in state.items()})
+
+
+def _refuse(source: str | Path, **problems: set[str]) -> None:
+    """Name what is wrong with a checkpoint's tensors; the library would fill what is missing with random numbers."""
+    found = [f"{what.replace('_', ' ')}: {', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''}"
+             for what, names in problems.items() if names]  # fmt: skip
+    if found:
+        raise ValueError(f"the tensors of {source} are not those of its configuration ({'; '.join(found)})")
+
+
+def _short(error: Exception) -> str:
+    """An error on a line; of a refused pickle what it asked for, without PyTorch's advice to run it all the same."""
+    if asked_for := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"the pickle asks for {asked_for[1]}, which no weights need; nothing of it was run"
+    return " ".join(str(error).split("WeightsUnpickler error:")[-1].split())[:300]
 
 
 def _fill(target_class, config, source):
     """A `target_class` of `config` with the tensors of `source`, four a layer transposed."""
-    with torch.device("meta"):
-        target = target_class(config)
     state = {
         name: tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor.clone()
         for name, tensor in source.state_dict().items()
     }
+    target = _assign(target_class, config, state)
+    target.generation_config = source.generation_config
+    return target
+
+
+def _assign(target_class, config, state):
+    with torch.device("meta"):
+        target = target_class(config)
     target.load_state_dict(state, assign=True)
     target.tie_weights()
-    target.generation_config = source.generation_config
     return target.eval()
+
+
+def convert(source: str | Path, folder: str | Path, *, to: str, tokenizer: str | None = None) -> int:
+    """Make `folder` a complete checkpoint of kind `to` (gpt2 or gpt2repro); returns its number of parameters.
+
+    Raises:
+        ValueError: what `load_as_gpt2repro` refuses, no tokenizer, or a folder that holds something already.
+    """
+    folder = Path(folder)
+    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty: give a new folder")
+    is_pt = str(source).endswith(".pt")
+    if is_pt and not tokenizer:
+        raise ValueError(f"{source} carries no tokenizer: name it, e.g. --tokenizer openai-community/gpt2")
+    words = _tokenizer(tokenizer or source)
+    model = load_as_gpt2repro(source, dtype="auto", vocab_size=len(words))
+    if len(words) > model.config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(words)} entries, the model {model.config.vocab_size}: name its own")
+    if is_pt:
+        for settings in (model.config, model.generation_config):
+            settings.bos_token_id = settings.eos_token_id = words.eos_token_id
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside:
+        whole = Path(aside) / folder.name
+        (to_stock(model) if to == "gpt2" else model).save_pretrained(whole)
+        words.save_pretrained(whole)
+        for file in whole.iterdir():
+            file.chmod((whole / "config.json").stat().st_mode)  # safetensors writes 0600
+        os.replace(whole, folder)
+    return model.num_parameters()
+
+
+def _tokenizer(source: str | Path):
+    """The tokenizer at a folder or Hub id.
+
+    Raises:
+        ValueError: there is none, or nothing but an empty one that the library made up from the configuration.
+    """
+    offline = not Path(source).is_dir() and not hub_is_reachable()
+    try:
+        found = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"no tokenizer loads from {str(source)!r}: name it with --tokenizer DIR_OR_ID ({_short(error)})"
+        ) from error
+    if len(found) < 2:
+        raise ValueError(f"{source} holds no tokenizer: name it with --tokenizer DIR_OR_ID")
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Convert a checkpoint between stock GPT-2 and GPT2Repro.")
-    parser.add_argument("src", help="folder or Hub id")
+    parser.add_argument("src", help="folder, Hub id, or the .pt file of nanoGPT or build-nanogpt")
     parser.add_argument("dst", type=Path, help="folder to make")
     parser.add_argument("--to", choices=("gpt2", "gpt2repro"), required=True)
+    parser.add_argument("--tokenizer", metavar="DIR_OR_ID", help="where none lies beside the weights, as for .pt")
     args = parser.parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
-        if args.dst.exists() and any(args.dst.iterdir()):
-            raise ValueError(f"{args.dst} is not empty: give a new folder")
-        model = load_as_gpt2repro(args.src, dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(args.src)
-        (to_stock(model) if args.to == "gpt2" else model).save_pretrained(args.dst)
-        tokenizer.save_pretrained(args.dst)
+        parameters = convert(args.src, args.dst, to=args.to, tokenizer=args.tokenizer)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{args.dst}: {args.to}, {model.num_parameters():,} parameters")
+    print(f"{args.dst}: {args.to}, {parameters:,} parameters")
     return 0
 
 

@@ -1,0 +1,78 @@
+"""The way to the Hub: is it there, may we write, put a folder up.
+
+    python gpt2repro/hub/upload.py FOLDER OWNER/NAME MESSAGE
+
+is what a run starts in the background, so this file imports nothing but the Hub's client.
+"""
+
+import sys
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.utils import get_session
+
+CONNECT_SECONDS = 10
+# Files of ours that another checkpoint may not have: left in the repository, `from_pretrained` might take them.
+REPLACED = ["*.safetensors", "*.safetensors.index.json", "*_gpt2repro.py", "curves.png"]
+
+
+def hub_is_reachable() -> bool:
+    """Whether the Hub answers: in seconds, where the library's own requests retry for three quarters of a minute.
+
+    False as well with HF_HUB_OFFLINE=1. What is in the local cache loads all the same, with `local_files_only=True`.
+    """
+    try:
+        get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS, follow_redirects=False)
+    except Exception:  # of the HTTP library, which is another one from release to release, or of the offline mode
+        return False
+    return True
+
+
+def writable_repo(repo_id: str, *, private: bool = True) -> str:
+    """Make the model repository where there is none (an existing one keeps its visibility); returns OWNER/NAME.
+
+    Raises:
+        ValueError: no network, no token, a name that is none, or no right to write there.
+    """
+    if not hub_is_reachable():
+        raise ValueError(f"the Hub does not answer at {constants.ENDPOINT}: publish where there is a network")
+    if not get_token():
+        raise ValueError("there is no token for the Hub: run `hf auth login`, or set HF_TOKEN")
+    try:
+        repo_id = HfApi().create_repo(repo_id, private=private, exist_ok=True).repo_id
+        HfApi().auth_check(repo_id, write=True)
+    except Exception as error:
+        raise ValueError(f"the Hub does not let us write to {repo_id!r} ({one_line(error)})") from error
+    return repo_id
+
+
+def upload(folder: str | Path, repo_id: str, *, message: str) -> str:
+    """Put a folder's files up in one commit; returns its address. Run again after a failure, it goes on.
+
+    What arrived before is not sent again, and nothing shows in the repository before the commit.
+
+    Raises:
+        ValueError: it did not work, and why.
+    """
+    try:
+        commit = HfApi().upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=REPLACED
+        )
+    except Exception as error:  # of the HTTP library, of xet, of the Hub
+        raise ValueError(
+            f"the upload to {repo_id} broke off ({one_line(error)}): the same command goes on where it was"
+        ) from error
+    return commit.commit_url
+
+
+def one_line(error: BaseException) -> str:
+    """An error and the one below it, on a line."""
+    text = " ".join(f"{error}; {error.__cause__ or ''}".split()).rstrip("; ")
+    return text[:300] or type(error).__name__
+
+
+if __name__ == "__main__":
+    try:
+        print(upload(sys.argv[1], sys.argv[2], message=sys.argv[3]))
+    except ValueError as failure:
+        sys.exit(f"error: {failure}")
