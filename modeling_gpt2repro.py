@@ -119,6 +119,44 @@ class GPT2ReproBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
 
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The summed cross-entropy of N tokens without the logits of all of them at once.
+
+    The forward walks over chunks of tokens. It turns the logits of a chunk into the chunk's share of both gradients
+    and forgets them; the backward only scales. Softmax, loss and the head's gradient are fp32, matmuls run in the
+    type of the hidden states.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, targets, padded_rows, chunk, with_gradients):
+        """(N, C) hidden states, (V, C) head, (N,) targets (-100: no loss) -> (), nats; `chunk` is in tokens."""
+        V, C = weight.shape
+        head = F.pad(weight.to(hidden_states.dtype), (0, 0, 0, padded_rows - V))
+        loss = torch.zeros((), dtype=torch.float32, device=weight.device)
+        if with_gradients:
+            grad_head = torch.zeros(padded_rows, C, dtype=torch.float32, device=weight.device)
+            grad_hidden = []
+        for hidden, target in zip(hidden_states.split(chunk), targets.split(chunk), strict=True):
+            kept, target = target.ne(-100)[:, None], target.clamp(min=0)[:, None]  # (chunk, 1)
+            logits = hidden @ head.t()  # (chunk, padded_rows)
+            logits[:, V:] = -math.inf
+            log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+            loss -= (log_p.gather(1, target) * kept).sum()
+            if with_gradients:  # of the logits: p - 1 at the target, p elsewhere
+                grad = log_p.exp_().to(head.dtype)
+                grad.scatter_add_(1, target, grad.new_full(target.shape, -1))
+                grad_hidden.append(grad @ head * kept)
+                grad_head += grad.t() @ (hidden * kept)
+        if with_gradients:
+            ctx.save_for_backward(torch.cat(grad_hidden), grad_head[:V].to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_hidden, grad_head = ctx.saved_tensors
+        return grad_hidden * grad_loss, grad_head * grad_loss, None, None, None, None
+
+
 class GPT2ReproPreTrainedModel(PreTrainedModel):
     """What both models share: initialisation, and what the library may do with them."""
 
@@ -254,16 +292,18 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
+        loss_impl: str = "plain",
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), and the mean cross-entropy in nats a token where targets are given.
 
         Targets are `labels` (the input ids; shifted here) or `shift_labels` (already the next tokens), both (B, T),
         -100 where no loss is taken. `num_items_in_batch` divides the summed loss instead of the number of targets.
-        `skip_logits=True` returns the loss alone and pads the head to `pad_vocab_size_multiple_of` inside the matmul.
+        `skip_logits=True` returns the loss alone and pads the head to `pad_vocab_size_multiple_of` inside the matmul;
+        `loss_impl="chunked"` then holds the logits of an eighth of the tokens at a time instead of all.
 
         Raises:
-            ValueError: `skip_logits=True` without targets.
+            ValueError: `skip_logits=True` without targets; an unknown `loss_impl`, or "chunked" with logits.
         """
         outputs = self.transformer(
             input_ids,
@@ -276,15 +316,21 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         has_targets = labels is not None or shift_labels is not None
-        if skip_logits:
-            if not has_targets:
-                raise ValueError("skip_logits=True returns the loss alone: give labels or shift_labels")
+        chunked = loss_impl == "chunked"
+        if loss_impl not in ("plain", "chunked") or (chunked and not skip_logits):
+            raise ValueError(f"loss_impl is {loss_impl!r}: give 'plain', or 'chunked' together with skip_logits=True")
+        if skip_logits and not has_targets:
+            raise ValueError("skip_logits=True returns the loss alone: give labels or shift_labels")
+        logits = loss = None
+        if skip_logits and not chunked:
             logits = self._padded_logits(hidden_states)
-        else:
+        elif not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept, :])
-        loss = None
-        if has_targets:
+        if chunked:
+            targets = F.pad(labels, (0, 1), value=-100)[:, 1:] if shift_labels is None else shift_labels
+            loss = self._chunked_loss(hidden_states, targets, num_items_in_batch)
+        elif has_targets:
             loss = self.loss_function(
                 logits,
                 labels,
@@ -309,6 +355,25 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         weight = self.lm_head.weight  # (V, C)
         missing = -weight.shape[0] % self.config.pad_vocab_size_multiple_of
         return F.linear(hidden_states, F.pad(weight, (0, 0, 0, missing)))[..., : weight.shape[0]]
+
+    def _chunked_loss(self, hidden_states, targets, num_items_in_batch):
+        """(B, T, C), (B, T) -> () through `ChunkedCrossEntropy`, in autocast's type where that is on.
+
+        An eighth of the tokens at a time: few enough chunks to compile as one graph, and for each of them the head's
+        gradient is read and written once. Below 512 tokens a chunk that traffic outweighs what is saved.
+        """
+        weight, device = self.lm_head.weight, hidden_states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        targets = targets.reshape(-1)  # (N,)
+        loss = ChunkedCrossEntropy.apply(
+            hidden_states.flatten(0, 1).to(dtype),
+            weight,
+            targets,
+            weight.shape[0] + -weight.shape[0] % self.config.pad_vocab_size_multiple_of,
+            max(512, math.ceil(len(targets) / 8)),
+            torch.is_grad_enabled(),
+        )
+        return loss / (targets.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 GPT2ReproModel.register_for_auto_class("AutoModel")
