@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -74,13 +75,14 @@ def load_as_gpt2repro(
             another shape, a damaged file, or a pickle with more than tensors in it.
     """
     if str(source).endswith(".pt"):
-        return _from_pt(Path(source), vocab_size).to(dtype=None if dtype == "auto" else dtype)
+        model: Any = _from_pt(Path(source), vocab_size)
+        return model if dtype == "auto" else model.to(dtype)
     try:
         offline = not Path(source).is_dir() and not hub_is_reachable()
         kind = AutoConfig.from_pretrained(source, local_files_only=offline).model_type
         if kind not in ("gpt2", "gpt2repro"):
             raise ValueError(f"{source} holds a {kind} model: expected gpt2 or gpt2repro")
-        model_class = GPT2LMHeadModel if kind == "gpt2" else GPT2ReproForCausalLM
+        model_class: Any = GPT2LMHeadModel if kind == "gpt2" else GPT2ReproForCausalLM
         model, info = model_class.from_pretrained(
             source, dtype=dtype, local_files_only=offline, output_loading_info=True, ignore_mismatched_sizes=True
         )

@@ -1,0 +1,215 @@
+"""A checkpoint on the Hub, with a model card that says what it is, how it was trained and what was measured of it.
+
+    python -m gpt2repro.hub.publish runs/demo/latest --repo-id me/gpt2-demo --dry-run demo-repo     # look first
+    python -m gpt2repro.hub.publish runs/demo/latest --repo-id me/gpt2-demo                         # private
+    python -m gpt2repro.hub.publish runs/demo/latest --repo-id me/gpt2-demo-stock --stock --public
+
+Uploaded are weights, configuration, tokenizer, our two Python files, README.md and the run's curves.png; never the
+optimizer's state. With `--stock` it is the conversion to stock GPT-2, which loads without our code. All of it comes in
+one commit; after a failure the same command goes on. `hub_repo_id` in a recipe does the same from inside a run.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import IO, Any
+
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils import logging as transformers_logging
+
+from gpt2repro.hub import upload as upload_script
+from gpt2repro.hub.card import model_card
+from gpt2repro.hub.convert import convert, load_as_gpt2repro
+from gpt2repro.hub.upload import upload, writable_repo
+from gpt2repro.training.checkpoints import OPTIMIZER, RECORD, verify_checkpoint
+from gpt2repro.training.run_folder import RUN_RECORD
+
+UPLOADED = (
+    "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "configuration_gpt2repro.py", "modeling_gpt2repro.py",
+)  # fmt: skip
+
+
+def publish(
+    checkpoint: str | Path, repo_id: str, *, stock: bool = False, private: bool = True, dry_run: Path | None = None
+) -> str:
+    """Put a checkpoint up, or with `dry_run` make that folder as it would be; returns where it is then.
+
+    Raises:
+        ValueError: no complete checkpoint, no network, no token, no right, or an upload that broke off.
+    """
+    checkpoint = Path(checkpoint).resolve()
+    validate_repo_id(repo_id)
+    check_complete(checkpoint)
+    if dry_run is None:
+        repo_id = writable_repo(repo_id, private=private)
+    elif dry_run.exists():
+        raise ValueError(f"{dry_run} exists: give a new folder")
+    else:
+        dry_run.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".publish-", dir=dry_run.parent if dry_run else None) as aside:
+        folder = Path(aside) / "repository"
+        stage(checkpoint, folder, repo_id=repo_id, stock=stock, link=dry_run is None)
+        if dry_run is not None:
+            os.replace(folder, dry_run)
+            return str(dry_run)
+        return upload(folder, repo_id, message=f"Upload {checkpoint.name}")
+
+
+def check_complete(checkpoint: Path) -> None:
+    """Read a checkpoint of a run against its record's hashes; another folder must load whole, tokenizer included.
+
+    Raises:
+        ValueError: something is missing, damaged, or of another architecture.
+    """
+    if (checkpoint / RECORD).is_file():
+        verify_checkpoint(checkpoint)
+        return
+    if not checkpoint.is_dir():
+        raise ValueError(f"there is no folder {checkpoint}: give a checkpoint, e.g. runs/NAME/latest")
+    if (checkpoint / OPTIMIZER).exists():
+        raise ValueError(f"{checkpoint} has {OPTIMIZER} but no {RECORD}: its saving was not finished; give another")
+    for wanted in ("config.json", "tokenizer.json", "model*.safetensors"):
+        if not list(checkpoint.glob(wanted)):
+            raise ValueError(f"{checkpoint} holds no {wanted}: give a complete checkpoint (gpt2repro.hub.convert)")
+    load_as_gpt2repro(checkpoint, dtype="auto")
+
+
+def stage(checkpoint: Path, folder: Path, *, repo_id: str, stock: bool = False, link: bool = False) -> None:
+    """Make `folder` what is to be uploaded. With `link` files are linked where the disk allows it, not copied."""
+    if stock:
+        convert(checkpoint, folder, to="gpt2")
+    else:
+        folder.mkdir()
+        for file in sorted({file for pattern in UPLOADED for file in checkpoint.glob(pattern)}):
+            _place(file, folder / file.name, link=link)
+    curves = checkpoint.parent / "curves.png"
+    if (checkpoint.parent / RUN_RECORD).is_file() and curves.is_file():
+        _place(curves, folder / curves.name, link=link)
+    model_card(checkpoint, folder, repo_id=repo_id).save(folder / "README.md")
+
+
+def _place(file: Path, target: Path, *, link: bool) -> None:
+    try:
+        if not link:
+            raise OSError
+        os.link(file, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(file, target)
+
+
+class BackgroundPush:
+    """Pushes checkpoints of a run while it goes on; whatever happens to a push, the run does not stop or wait.
+
+    A push is a process of its own: a thread would hold the interpreter at the run's end for as long as a dead
+    connection does. One runs at a time; of checkpoints that come meanwhile the newest waits, the others are left out.
+    The files are linked aside first, so that the run may delete the checkpoint. Used on the main process only.
+    """
+
+    def __init__(self, repo_id: str, *, run_dir: Path) -> None:
+        self.repo_id = repo_id
+        self._run_dir = run_dir
+        self._running: tuple[subprocess.Popen, IO[str], Path, float] | None = None
+        self._waiting: Path | None = None
+        self._rows: list[dict[str, Any]] = []
+        for leftover in run_dir.glob(".push-*"):  # of a run that was killed
+            shutil.rmtree(leftover)
+
+    def submit(self, checkpoint: Path) -> None:
+        """Push a checkpoint that was just saved, as soon as the push before it has ended."""
+        staged = self._run_dir / f".push-{checkpoint.name}"
+        try:
+            shutil.rmtree(staged, ignore_errors=True)
+            stage(checkpoint, staged, repo_id=self.repo_id, link=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._rows.append({"step": _step_of(staged), "seconds": 0.0, "error": f"{type(error).__name__}: {error}"})
+            return
+        if self._waiting:
+            shutil.rmtree(self._waiting, ignore_errors=True)
+        self._waiting = staged
+        self._start_next()
+
+    def finished(self) -> list[dict[str, Any]]:
+        """A row for each push that has ended since the last call: step, seconds, and its url or its error."""
+        if self._running and self._running[0].poll() is not None:
+            self._end()
+            self._start_next()
+        rows, self._rows = self._rows, []
+        return rows
+
+    def wait(self, seconds: float) -> list[dict[str, Any]]:
+        """Give what runs and waits at most `seconds`, then end it; the rows of all that had none yet."""
+        deadline, rows = time.monotonic() + seconds, self.finished()
+        while self._running:
+            try:
+                self._running[0].wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self._running[0].kill()
+                self._running[0].wait()
+                self._end(f"not finished when the run ended, after {seconds:.0f} s more")
+                break
+            rows += self.finished()
+        if self._waiting:
+            late = {"step": _step_of(self._waiting), "seconds": 0.0, "error": "not begun when the run ended"}
+            self._rows.append(late)
+            shutil.rmtree(self._waiting, ignore_errors=True)
+        return rows + self.finished()
+
+    def _start_next(self) -> None:
+        if self._running or not self._waiting:
+            return
+        staged, self._waiting = self._waiting, None
+        said = TemporaryFile("w+", encoding="utf-8")
+        process = subprocess.Popen(
+            # -P: the folder of that file is no place to import from. A session of its own: Ctrl-C is the run's.
+            [sys.executable, "-P", upload_script.__file__, str(staged), self.repo_id, f"Upload {staged.name[6:]}"],
+            stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        )  # fmt: skip
+        self._running = (process, said, staged, time.perf_counter())
+
+    def _end(self, problem: str | None = None) -> None:
+        assert self._running
+        process, said, staged, began = self._running
+        self._running = None
+        with said:
+            said.seek(0)
+            last = (said.read().strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
+        outcome = {"url": last} if process.returncode == 0 else {"error": problem or last}
+        self._rows.append({"step": _step_of(staged), "seconds": time.perf_counter() - began, **outcome})
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Publish a checkpoint on the Hub with a model card.")
+    parser.add_argument("checkpoint", help="folder of a checkpoint, e.g. runs/demo/latest")
+    parser.add_argument("--repo-id", required=True, help="OWNER/NAME, or NAME for your own account")
+    parser.add_argument("--dry-run", type=Path, metavar="DIR", help="make the folder that would be uploaded, and stop")
+    parser.add_argument("--stock", action="store_true", help="publish the conversion to stock GPT-2")
+    parser.add_argument("--public", action="store_true", help="a new repository is private otherwise")
+    args = parser.parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        where = publish(
+            args.checkpoint, args.repo_id, stock=args.stock, private=not args.public, dry_run=args.dry_run
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(where)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
