@@ -23,7 +23,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from configuration_gpt2repro import NAMED_SHAPES, GPT2ReproConfig
@@ -34,7 +33,7 @@ from gpt2repro.cli import UsageError, parse_recipe, write_recipe
 from gpt2repro.data.loader import TrainLoader, validation_batches, validation_tokens
 from gpt2repro.data.order import WindowOrder
 from gpt2repro.data.prepare import prepare
-from gpt2repro.data.shards import open_dataset, tokenizer_sha256
+from gpt2repro.data.shards import load_tokenizer, open_dataset, tokenizer_sha256
 from gpt2repro.data.sources import was_made_from
 from gpt2repro.hub.convert import load_as_gpt2repro
 from gpt2repro.training.checkpoints import find_checkpoint, go_on_from, load_checkpoint, save_checkpoint
@@ -64,10 +63,23 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         explain(error, rank=rank)
         return 1
+    except KeyboardInterrupt:  # the loop takes signals as its own
+        explain(InterruptedError("interrupted before the first step; run the same command again"), rank=rank)
+        return 130
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        explain(ChildProcessError("another process ended first, see its error; run the same command again"), rank=rank)
+        return 1
     # DDP must be gone before its process group is: freed after it, gloo's destructor can wait for ever.
     gc.collect()
     PartialState().destroy_process_group()
     return exit_code
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone: NCCL's and the store's type, or gloo's words."""
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 
 def explain(error: Exception, *, rank: int) -> None:
@@ -93,7 +105,9 @@ def train(recipe) -> int:
     dataset = open_dataset(list(recipe.dataset_dir), format=recipe.dataset_format, tokenizer=recipe.tokenizer)
     check_dataset(recipe, dataset)
     config = model_config(recipe, dataset)
-    tokenizer = AutoTokenizer.from_pretrained(dataset.tokenizer)
+    tokenizer = load_tokenizer(dataset.tokenizer)
+    if tokenizer_sha256(tokenizer) != dataset.tokenizer_sha256:
+        raise ValueError(f"the tokenizer in {dataset.tokenizer} is not the one that made its tokens: copy it again")
     tasks = [prepare_task(task, tokenizer, max_length=config.n_positions) for task in recipe.eval_tasks]
     train_stream = dataset.split("train")
     if recipe.eval_every:
@@ -139,12 +153,17 @@ def train(recipe) -> int:
         record = load_checkpoint(found, model=raw, optimizer=optimizer.optimizer)
         first_step = record["step"]
         check_resume(recipe, found, record, dataset.fingerprint)
-    # Written last: a start that was refused leaves no run behind that the corrected command would not fit.
-    on_main_process(accelerator, lambda: write_run_record(run_dir, run_record, world_size=world_size))
-    if accelerator.is_main_process:
-        go_on_from(run_dir, found)
+    metrics = MetricsLog(None)
+
+    def open_run_folder() -> None:
+        nonlocal metrics
+        write_run_record(run_dir, run_record, world_size=world_size)
+        go_on_from(run_dir, found, step=first_step)
         write_recipe(recipe, run_dir / "recipe.yaml")
-    metrics = MetricsLog(run_dir / "metrics.jsonl" if accelerator.is_main_process else None, step=first_step)
+        metrics = MetricsLog(run_dir / "metrics.jsonl", step=first_step)
+
+    # Written last: a start that was refused leaves no run behind that the corrected command would not fit.
+    on_main_process(accelerator, open_run_folder)
     accelerator.print(
         f"{recipe.output_dir}: {n_parameters:,} parameters, {train_stream.tokens:,} training tokens, "
         f"step {first_step} to {recipe.max_steps}" + (f", resumed from {found}" if found else "") + "\n"

@@ -4,15 +4,16 @@
                                optimizer.safetensors (by parameter name), trainer_state.json (the completion record)
     runs/NAME/latest           a link to the newest
 
-A checkpoint is written to a hidden folder, synced to the disk and renamed; older ones are deleted only after that. A
-folder without its record does not exist for resume. Nothing in it is a pickle. The files are the same whether one
-process trained, several (DDP), or several with a shard of every tensor each (FSDP2), so any of them resumes from any.
+A checkpoint is written to a hidden folder, synced to the disk and renamed; older ones are deleted only after that. So
+a step-… folder that is not whole was damaged later, and resume says so instead of passing it over. Nothing in it is a
+pickle. The files are the same whether one process trained, several (DDP), or several with a shard of every tensor each
+(FSDP2), so any of them resumes from any.
 """
 
 import json
 import os
 import shutil
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def save_checkpoint(
         _complete(aside, {"format": FORMAT_VERSION, "step": step, **state})
         os.replace(aside, final)
         _point_latest_at(final)
-        for old in _complete_checkpoints(run_dir)[:-keep_last] if keep_last else []:
+        whole = [path for path in _checkpoints(run_dir) if (path / RECORD).exists()]
+        for old in whole[:-keep_last] if keep_last else []:
             if keep_every and int(old.name.removeprefix("step-")) % keep_every == 0:
                 continue
             os.replace(old, run_dir / f".{old.name}.tmp")  # first out of sight: half a checkpoint must not look whole
@@ -79,7 +81,9 @@ def save_checkpoint(
     def explained() -> None:
         try:
             write()
-        except (OSError, SafetensorError) as error:
+        except Exception as error:
+            if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:  # tokenizers' own
+                raise
             raise ValueError(
                 f"saving step {step} in {run_dir} failed ({error}); what was saved before is untouched: "
                 "make room and run the same command again"
@@ -89,18 +93,23 @@ def save_checkpoint(
     return final
 
 
-def go_on_from(run_dir: Path, found: Path | None) -> None:
-    """Make `found` the newest checkpoint of the run; on the main process, before anything is saved.
+def go_on_from(run_dir: Path, found: Path | None, *, step: int) -> None:
+    """Make `found`, of step `step`, the newest checkpoint of the run; on the main process, before anything is saved.
 
-    What a kill left of a save is deleted. Checkpoints after `found`, which the run goes back behind, are renamed to
+    What a kill left of a save is deleted. Later checkpoints of the run, which goes back behind them, are renamed to
     abandoned-…, so that a later `resume: auto` does not take them for the newest.
+
+    Raises:
+        ValueError: `latest` is no link.
     """
+    if (run_dir / "latest").is_dir() and not (run_dir / "latest").is_symlink():
+        raise ValueError(f"{run_dir / 'latest'} is a folder, where a link to the newest checkpoint belongs: remove it")
     for leftover in run_dir.glob(".step-*.tmp"):
         shutil.rmtree(leftover)
+    for newer in (path for path in _checkpoints(run_dir) if path.name > f"step-{step:08d}"):
+        shutil.rmtree(run_dir / f"abandoned-{newer.name}", ignore_errors=True)
+        os.replace(newer, run_dir / f"abandoned-{newer.name}")
     if found and found.parent == run_dir.resolve():
-        for newer in (path for path in run_dir.glob("step-*") if path.name > found.name):
-            shutil.rmtree(run_dir / f"abandoned-{newer.name}", ignore_errors=True)
-            os.replace(newer, run_dir / f"abandoned-{newer.name}")
         _point_latest_at(run_dir / found.name)
 
 
@@ -116,19 +125,17 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
     """The checkpoint that `resume` (auto, never, previous or a path) means, or None to start from the beginning.
 
     Raises:
-        ValueError: a path that is no complete checkpoint; `previous` where there are fewer than two.
+        ValueError: a path that is no checkpoint; `previous` where there are fewer than two.
     """
-    complete = _complete_checkpoints(run_dir.resolve())
+    found = _checkpoints(run_dir.resolve())
     if resume == "auto":
-        return complete[-1] if complete else None
+        return found[-1] if found else None
     if resume == "never":
         return None
     if resume == "previous":
-        if len(complete) < 2:
-            raise ValueError(
-                f"resume is previous, but {run_dir} holds {len(complete)} complete checkpoints: expected two"
-            )
-        return complete[-2]
+        if len(found) < 2:
+            raise ValueError(f"resume is previous, but {run_dir} holds {len(found)} checkpoints: expected two")
+        return found[-2]
     path = Path(resume)
     if not (path / RECORD).is_file():
         raise ValueError(f"resume is {resume!r}, which is no complete checkpoint (no {RECORD}): give a step-… folder")
@@ -176,10 +183,14 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     advice = "resume from another checkpoint (--resume previous, or --resume PATH)"
     try:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-        files, _ = record["files"], record["step"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / RECORD} cannot be read ({error}): {advice}") from None
-    for name, expected in files.items():
+        intact = record.pop("sha256") == _seal(record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / RECORD} cannot be read ({type(error).__name__}: {error}): {advice}") from None
+    if not intact:
+        raise ValueError(f"{path / RECORD} is damaged (its sha256 is not the recorded one): {advice}")
+    if record["format"] != FORMAT_VERSION:
+        raise ValueError(f"{path} is of format {record['format']}, this code reads {FORMAT_VERSION}: {advice}")
+    for name, expected in record["files"].items():
         file = path / name
         if not file.is_file():
             raise ValueError(f"{file} is missing: {advice}")
@@ -227,13 +238,20 @@ def _complete(folder: Path, record: dict[str, Any]) -> None:
         file.chmod(0o666 & ~umask)  # safetensors writes 0600, which a group's other members cannot read
         record["files"][file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         _sync(file)
+    record["sha256"] = _seal(record)
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     _sync(folder / RECORD)
     _sync(folder)
 
 
-def _complete_checkpoints(run_dir: Path) -> list[Path]:
-    return sorted(path.parent for path in run_dir.glob(f"step-*/{RECORD}"))
+def _seal(record: dict[str, Any]) -> str:
+    """The sha256 of a record's content, which it keeps beside that."""
+    return sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    """The step-… folders, oldest first; whole ones and damaged ones."""
+    return sorted(path for path in run_dir.glob(f"step-{'[0-9]' * 8}") if path.is_dir())
 
 
 def _sha256(file: Path) -> str:

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import time
 from collections.abc import Callable
 
 from accelerate import Accelerator
@@ -11,21 +12,28 @@ from accelerate.utils import broadcast_object_list
 from gpt2repro.training.arguments import Recipe
 
 STOPPED_BY_SIGNAL = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to go on
+ONE_STOP_SECONDS = 2.0
 
 
 class StopSignal:
-    """Turns SIGTERM, SIGINT and SIGUSR2 into a flag that the loop reads at a step's end; a second signal kills."""
+    """Turns SIGTERM, SIGINT and SIGUSR2 into a flag that the loop reads at a step's end; a second signal kills.
+
+    A scheduler signals every process of a job, and the launcher, one of them, passes its own on to the ranks: what
+    comes within ONE_STOP_SECONDS of the first signal is the same stop.
+    """
 
     def __init__(self) -> None:
         self.received: int = 0
+        self.received_at = 0.0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: object) -> None:
-        if self.received:
+        if not self.received:
+            self.received, self.received_at = number, time.monotonic()
+        elif time.monotonic() - self.received_at > ONE_STOP_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.received = number
 
 
 class BadSteps:

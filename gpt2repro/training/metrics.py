@@ -1,10 +1,12 @@
 """What a run measures: metrics.jsonl, tokens a second, model FLOPs utilisation, memory."""
 
+import errno
 import json
 import math
 import os
 import resource
 import sys
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -53,34 +55,47 @@ def peak_memory_bytes(device: torch.device) -> int:
 class MetricsLog:
     """metrics.jsonl, the record of a run: a row is {"step", "kind": train / val / sample / …, …}.
 
-    Opening it for a resumed run drops the rows after `step`, so that no step stands in it twice, and a last line that
-    a kill cut off. On every process but the main one (`path` None) it writes nothing.
+    Opening it for a resumed run drops the rows after `step`, so that no step stands in it twice, and lines that a kill
+    cut off. On every process but the main one (`path` None) it writes nothing.
     """
 
     def __init__(self, path: Path | None, *, step: int = 0) -> None:
-        self._file = None
+        self._file: FileIO | None = None
         if path is None:
             return
         kept = [row for row in read_metrics(path) if row["step"] <= step] if path.exists() else []
         aside = path.with_name(f".{path.name}.tmp")
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(aside, path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = FileIO(path, "a")  # no buffer: after an error nothing is left to be written at the exit
 
     def write(self, step: int, kind: str, **values: Any) -> None:
-        """One row, flushed at once; a number that is not finite becomes null, which JSON can say."""
+        """One row, flushed at once; a number that is not finite becomes null, which JSON can say.
+
+        Raises:
+            ValueError: the row cannot be written.
+        """
         if self._file:
             values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-            self._file.flush()
+            row = (json.dumps({"step": step, "kind": kind, **values}) + "\n").encode()
+            try:
+                if self._file.write(row) < len(row):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                raise ValueError(
+                    f"{self._file.name} cannot be written ({error.strerror}); the checkpoints are untouched: "
+                    "make room and run the same command again"
+                ) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a half-written last line is left out."""
+    """The rows of a metrics.jsonl; a line that is none, as a kill or a full disk leaves one, is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.keys() >= {"step", "kind"}:
+            rows.append(row)
     return rows

@@ -62,6 +62,8 @@ def write_run_record(folder: Path, record: dict[str, Any], *, world_size: int) -
     try:
         folder.mkdir(parents=True, exist_ok=True)
         aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())  # or a power cut could leave an empty run.json, which refuses every start
         os.replace(aside, folder / RUN_RECORD)
     except OSError as error:
         raise ValueError(f"output_dir {folder} cannot be written ({error}): give another --output_dir") from error
