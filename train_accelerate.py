@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -37,9 +38,9 @@ from gpt2repro.data.shards import load_tokenizer, open_dataset, tokenizer_sha256
 from gpt2repro.data.sources import was_made_from
 from gpt2repro.hub.convert import load_as_gpt2repro
 from gpt2repro.training.checkpoints import find_checkpoint, go_on_from, load_checkpoint, save_checkpoint
-from gpt2repro.training.guards import STOPPED_BY_SIGNAL, BadSteps, StopSignal, on_main_process
+from gpt2repro.training.guards import STOPPED_BY_SIGNAL, BadSteps, StopSignal, Watchdog, on_main_process
 from gpt2repro.training.launch import compile_wanted, start_accelerator
-from gpt2repro.training.metrics import MetricsLog, flops_per_token, peak_flops, peak_memory_bytes
+from gpt2repro.training.metrics import MetricsLog, flops_per_token, peak_flops, peak_memory_bytes, read_metrics
 from gpt2repro.training.optimizer import make_optimizer
 from gpt2repro.training.run_folder import check_run_folder, write_run_record
 from gpt2repro.training.schedule import lr_at
@@ -153,17 +154,24 @@ def train(recipe) -> int:
         record = load_checkpoint(found, model=raw, optimizer=optimizer.optimizer)
         first_step = record["step"]
         check_resume(recipe, found, record, dataset.fingerprint)
-    metrics = MetricsLog(None)
+    metrics, metrics_file = MetricsLog(None), run_dir / "metrics.jsonl"
 
     def open_run_folder() -> None:
         nonlocal metrics
         write_run_record(run_dir, run_record, world_size=world_size)
         go_on_from(run_dir, found, step=first_step)
         write_recipe(recipe, run_dir / "recipe.yaml")
-        metrics = MetricsLog(run_dir / "metrics.jsonl", step=first_step)
+        metrics = MetricsLog(metrics_file, step=first_step)
 
     # Written last: a start that was refused leaves no run behind that the corrected command would not fit.
     on_main_process(accelerator, open_run_folder)
+    rows = [row for row in read_metrics(metrics_file) if row["kind"] == "train" and row["step"] <= first_step]
+    accelerator.init_trackers(
+        "gpt2repro",
+        config={name: v if isinstance(v, (int, float, str)) else str(v) for name, v in asdict(recipe).items()},
+        init_kwargs={tracker: {"name": run_dir.name} for tracker in ("wandb", "trackio")},
+    )
+    metrics.trackers = accelerator.trackers
     accelerator.print(
         f"{recipe.output_dir}: {n_parameters:,} parameters, {train_stream.tokens:,} training tokens, "
         f"step {first_step} to {recipe.max_steps}" + (f", resumed from {found}" if found else "") + "\n"
@@ -220,10 +228,12 @@ def train(recipe) -> int:
             state={"tokens": step * recipe.global_batch_tokens, "dataset_fingerprint": dataset.fingerprint},
             keep_last=recipe.keep_last, keep_every=recipe.keep_every,
         )  # fmt: skip
-        metrics.write(step, "checkpoint", seconds=time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        metrics.write(step, "checkpoint", seconds=seconds)
+        show(f"step {step:>6}  saved in {seconds:.1f} s")
 
     # ---- the loop ------------------------------------------------------------------------------------------
-    stop, bad_steps = StopSignal(), BadSteps(recipe)
+    stop, bad_steps, watchdog = StopSignal(), BadSteps(recipe, rows), Watchdog(recipe.watchdog_minutes, rank=rank)
     batches = loader.batches(first_step)
     flops = flops_per_token(
         n_parameters=n_parameters, n_positions=config.n_positions, n_layer=config.n_layer, n_embd=config.n_embd,
@@ -260,8 +270,8 @@ def train(recipe) -> int:
         stopping = torch.full((), float(bool(stop.received)), device=device)
         sums = accelerator.reduce(torch.stack([loss_sum / world_size, stopping]), "sum")
         train_loss, stopping_ranks, norm = torch.cat([sums, grad_norm.detach().reshape(1).to(sums)]).tolist()
-        if bad_steps.is_bad(step, train_loss, norm):
-            show(f"step {step:>6}  not applied: loss {train_loss}, gradient norm {norm}")
+        if bad := bad_steps.reason(step, train_loss, norm):
+            show(f"step {step:>6}  not applied: {bad}")
             metrics.write(step, "bad_step", window_starts=loader.window_starts(step - 1).tolist())
         else:
             optimizer.step()
@@ -288,9 +298,13 @@ def train(recipe) -> int:
             saved = step
         if stopping_ranks:
             break
+        watchdog.step = step
         began = time.perf_counter()
     bar.close()
     batches.close()
+    watchdog.stop()
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
     # ---- the end -------------------------------------------------------------------------------------------
     stopped = saved < recipe.max_steps

@@ -9,6 +9,7 @@ from typing import Any
 
 SCHEDULES = ("cosine", "constant")
 DATASET_FORMATS = ("auto", "gpt2repro", "build-nanogpt", "llm.c", "nanogpt")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 
 # A run is the same run as long as these hold; anything else (micro batch, precision, cadence) may change on resume.
@@ -65,6 +66,9 @@ class Recipe:
     beta2: float = _option(0.95, "AdamW beta2")
     grad_clip: float = _option(1.0, "largest gradient norm; 0 turns clipping off")
     on_bad_step: str = _option("skip", "what a non-finite loss or gradient does", choices=("skip", "stop"))
+    outlier_z: float = _option(
+        0.0, "standard deviations above the last 128 steps' mean from which a loss or gradient is bad too; 0 is none"
+    )
     max_bad_steps: int = _option(10, "bad steps in a row after which the run stops all the same")
     # randomness
     seed: int = _option(1337, "seed of the initialisation, the data order and dropout")
@@ -89,6 +93,8 @@ class Recipe:
     save_every: int = _option(1000, "steps between checkpoints; the last step is always saved")
     keep_last: int = _option(2, "newest checkpoints kept; 0 keeps all")
     keep_every: int = _option(0, "steps between checkpoints that are kept for good; 0 is none")
+    watchdog_minutes: float = _option(30.0, "minutes without progress after which a process says where; 0 is never")
+    log_with: tuple[str, ...] = _option((), "trackers beside metrics.jsonl: tensorboard, wandb, trackio")
     resume: str = _option("auto", "auto, never, previous (the checkpoint before the newest), or a checkpoint's path")
 
     def problems(self, shape: dict[str, int] | None, *, world_size: int = 1) -> list[str]:
@@ -107,10 +113,12 @@ class Recipe:
             "seq_len": 1, "global_batch_tokens": 1, "micro_batch_size": 1, "max_steps": 1, "warmup_steps": 0,
             "eval_every": 0, "eval_tokens": 1, "sample_every": 0, "sample_tokens": 1, "num_samples": 1,
             "save_every": 1, "keep_last": 0, "keep_every": 0, "max_bad_steps": 1, "seed": 0,
-            "learning_rate": 0, "weight_decay": 0, "grad_clip": 0,
+            "learning_rate": 0, "weight_decay": 0, "grad_clip": 0, "outlier_z": 0, "watchdog_minutes": 0,
         }  # fmt: skip
         found += [f"{name} is {getattr(self, name)}: give at least {low}" for name, low in at_least.items()
                   if not getattr(self, name) >= low]  # fmt: skip
+        found += [f"log_with is {name!r}: give one of {', '.join(TRACKERS)}"
+                  for name in self.log_with if name not in TRACKERS]  # fmt: skip
         for name in ("beta1", "beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"{name} is {getattr(self, name)}: give a number from 0 to below 1")

@@ -6,11 +6,13 @@ import math
 import os
 import resource
 import sys
+from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.tracking import GeneralTracker
 
 # Dense bf16 tensor-core peaks in FLOP/s, by a part of the device's name; NVIDIA's datasheets and whitepapers. The
 # more particular name stands first.
@@ -56,14 +58,16 @@ class MetricsLog:
     """metrics.jsonl, the record of a run: a row is {"step", "kind": train / val / sample / …, …}.
 
     Opening it for a resumed run drops the rows after `step`, so that no step stands in it twice, and lines that a kill
-    cut off. On every process but the main one (`path` None) it writes nothing.
+    cut off. On every process but the main one (`path` None) it writes nothing. `trackers` are Accelerate's, which get
+    the numbers of every row as `kind/name` (`eval/TASK/name`).
     """
 
-    def __init__(self, path: Path | None, *, step: int = 0) -> None:
+    def __init__(self, path: Path | None, *, step: int = 0, trackers: Sequence[GeneralTracker] = ()) -> None:
         self._file: FileIO | None = None
+        self.trackers = trackers
         if path is None:
             return
-        kept = [row for row in read_metrics(path) if row["step"] <= step] if path.exists() else []
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
         aside = path.with_name(f".{path.name}.tmp")
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(aside, path)
@@ -86,12 +90,19 @@ class MetricsLog:
                     f"{self._file.name} cannot be written ({error.strerror}); the checkpoints are untouched: "
                     "make room and run the same command again"
                 ) from error
+            prefix = f"{kind}/{values['task']}" if "task" in values else kind
+            numbers = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
+            for tracker in self.trackers if numbers else ():
+                tracker.log(numbers, step=step)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a line that is none, as a kill or a full disk leaves one, is left out."""
+    """The rows of a metrics.jsonl, none where there is no such file.
+
+    A line that is no row, as a kill or a full disk leaves one, is left out.
+    """
     rows = []
-    for line in path.read_bytes().splitlines():
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
         except ValueError:
