@@ -151,7 +151,7 @@ def load_checkpoint(path: Path, *, model: PreTrainedModel, optimizer: torch.opti
         ValueError: a missing, truncated or changed file, or a state that does not fit the model; the file is named.
     """
     record = verify_checkpoint(path)
-    weights = load_file(path / "model.safetensors")
+    weights: dict[str, Any] = load_file(path / "model.safetensors")
     for name, source in model.all_tied_weights_keys.items():  # a tied tensor is in the file once
         if source in weights:
             weights[name] = weights[source]
@@ -205,7 +205,7 @@ def _unsharded(model: PreTrainedModel) -> PreTrainedModel:
     """The model as what it was before FSDP2 gave it a class of its own, whose files save_pretrained would copy."""
     if not isinstance(model, FSDPModule):
         return model
-    architecture = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    architecture: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
     with torch.device("meta"):
         plain = architecture(model.config)
     plain.generation_config = model.generation_config

@@ -115,7 +115,7 @@ class Watchdog:
         self._over.set()
 
     def _watch(self) -> None:
-        main = threading.main_thread().ident
+        main = threading.main_thread().ident or 0
         seen, since = None, time.monotonic()
         while not self._over.wait(min(5.0, self._seconds / 20)):
             stack = traceback.walk_stack(sys._current_frames().get(main))
