@@ -59,3 +59,15 @@ def test_training_and_scoring_import_on_a_bare_gpu_machine():
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_unpickles_and_nothing_trusts_foreign_code_unasked(path):
+    """One weights-only load in convert.py aside; trust is somebody's variable, never a constant."""
+    for call in (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func)
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        always = {key for key, value in given.items() if isinstance(value, ast.Constant) and value.value is True}
+        assert name not in ("pickle.load", "pickle.loads", "pickle.Unpickler", "joblib.load", "eval", "exec")
+        assert name != "torch.load" or (path.name == "convert.py" and "weights_only" in always)
+        assert not always & {"allow_pickle", "trust_remote_code"}
