@@ -26,12 +26,13 @@ def sample(
     temperature: float = 1.0,
     seed: int = 42,
     greedy: bool = False,
+    **options,
 ) -> list[str]:
     """`num_samples` continuations of the prompt, each with the prompt before it; one where they are greedy.
 
     A text ends at <|endoftext|> or after `max_new_tokens`. An empty prompt starts a new document. `top_k=None` draws
-    from the whole vocabulary. The random state of the caller is left as it was, and a compiled model runs eagerly: a
-    sequence that grows by a token a step would be compiled again and again.
+    from the whole vocabulary; `options` go to `generate` as they are. The random state of the caller is left as it
+    was, and a compiled model runs eagerly: a sequence that grows by a token a step would be compiled again and again.
 
     Raises:
         ValueError: prompt and new tokens do not fit the model, or a number out of its range.
@@ -60,6 +61,7 @@ def sample(
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.eos_token_id,
             **drawn,
+            **options,
         )
     return tokenizer.batch_decode(output, skip_special_tokens=True)
 
