@@ -37,6 +37,8 @@ from gpt2repro.data.prepare import prepare
 from gpt2repro.data.shards import load_tokenizer, open_dataset, tokenizer_sha256
 from gpt2repro.data.sources import was_made_from
 from gpt2repro.hub.convert import load_as_gpt2repro
+from gpt2repro.hub.publish import PUSH_WAIT_SECONDS, BackgroundPush
+from gpt2repro.hub.upload import writable_repo
 from gpt2repro.training.checkpoints import find_checkpoint, go_on_from, load_checkpoint, save_checkpoint
 from gpt2repro.training.guards import STOPPED_BY_SIGNAL, BadSteps, StopSignal, Watchdog, on_main_process
 from gpt2repro.training.launch import compile_wanted, start_accelerator
@@ -127,7 +129,10 @@ def train(recipe) -> int:
 
     # ---- the model and its optimizer -----------------------------------------------------------------------
     torch.manual_seed(recipe.seed)
-    raw = load_as_gpt2repro(recipe.init_from) if recipe.init_from else GPT2ReproForCausalLM(config)
+    if recipe.init_from:
+        raw = load_as_gpt2repro(recipe.init_from, vocab_size=config.vocab_size)
+    else:
+        raw = GPT2ReproForCausalLM(config)
     check_init_from(recipe, raw.config, config)
     raw.set_attn_implementation(recipe.attn_implementation)
     raw.train().to(device)
@@ -137,7 +142,8 @@ def train(recipe) -> int:
     n_parameters = raw.num_parameters()
     sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
     describe = {"parameters": n_parameters, **{name: getattr(config, name) for name in sizes}}
-    facts = {"dir": recipe.dataset_dir, "fingerprint": dataset.fingerprint, "train_tokens": train_stream.tokens}
+    facts = {"dir": recipe.dataset_dir, "fingerprint": dataset.fingerprint, "train_tokens": train_stream.tokens,
+             "source": dataset.info.get("source")}  # fmt: skip
     run_record = check_run_folder(recipe, dataset=facts, model=describe)
     run_dir = Path(recipe.output_dir)
     if compiled:
@@ -156,8 +162,11 @@ def train(recipe) -> int:
         check_resume(recipe, found, record, dataset.fingerprint)
     metrics, metrics_file = MetricsLog(None), run_dir / "metrics.jsonl"
 
+    pushes: BackgroundPush | None = None  # on the main process of a run with a hub_repo_id
     def open_run_folder() -> None:
-        nonlocal metrics
+        nonlocal metrics, pushes
+        if recipe.hub_repo_id:  # a missing token or right is an error now, not in an hour
+            pushes = BackgroundPush(writable_repo(recipe.hub_repo_id), run_dir=run_dir)
         write_run_record(run_dir, run_record, world_size=world_size)
         go_on_from(run_dir, found, step=first_step)
         write_recipe(recipe, run_dir / "recipe.yaml")
@@ -223,7 +232,7 @@ def train(recipe) -> int:
 
     def save(step: int) -> None:
         began = time.perf_counter()
-        save_checkpoint(
+        checkpoint = save_checkpoint(
             run_dir, step, model=raw, optimizer=optimizer.optimizer, tokenizer=tokenizer, accelerator=accelerator,
             state={"tokens": step * recipe.global_batch_tokens, "dataset_fingerprint": dataset.fingerprint},
             keep_last=recipe.keep_last, keep_every=recipe.keep_every,
@@ -236,6 +245,14 @@ def train(recipe) -> int:
     stop, bad_steps, watchdog = StopSignal(), BadSteps(recipe, rows), Watchdog(recipe.watchdog_minutes, rank=rank)
     batches = loader.batches(first_step)
     flops = flops_per_token(
+        if pushes and (step == recipe.max_steps or (recipe.hub_every and step % recipe.hub_every == 0)):
+            pushes.submit(checkpoint)
+
+    def report_pushes(step: int, rows: list[dict]) -> None:
+        for row in rows:
+            metrics.write(step, "push", **row)
+            outcome = f"to {row['url']}" if "url" in row else f"failed: {row['error']}"
+            show(f"step {step:>6}  push of step {row['checkpoint_step']} {outcome}")
         n_parameters=n_parameters, n_positions=config.n_positions, n_layer=config.n_layer, n_embd=config.n_embd,
         seq_len=recipe.seq_len,
     )  # fmt: skip
@@ -301,6 +318,8 @@ def train(recipe) -> int:
         watchdog.step = step
         began = time.perf_counter()
     bar.close()
+        if pushes:
+            report_pushes(step, pushes.finished())
     batches.close()
     watchdog.stop()
     for tracker in accelerator.trackers:
@@ -308,6 +327,8 @@ def train(recipe) -> int:
 
     # ---- the end -------------------------------------------------------------------------------------------
     stopped = saved < recipe.max_steps
+    if pushes:
+        report_pushes(step, pushes.wait(0 if stopped else PUSH_WAIT_SECONDS))
     if accelerator.is_main_process:
         print(summary(run_dir, step=step, stopped=stopped))
     return STOPPED_BY_SIGNAL if stopped else 0
@@ -415,7 +436,7 @@ def summary(run_dir: Path, *, step: int, stopped: bool) -> str:
         f"done: step {step}, {path}\n\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f'model = AutoModelForCausalLM.from_pretrained("{path}", trust_remote_code=True)\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{path}")'
+        f'tokenizer = AutoTokenizer.from_pretrained("{path}", trust_remote_code=True)'
     )
 
 

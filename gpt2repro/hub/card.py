@@ -63,7 +63,7 @@ def model_card(checkpoint: Path, folder: Path, *, repo_id: str) -> ModelCard:
         + f" with gpt2repro ({kind}).",
         "## Load it\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{repo_id}"{trust})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")\n```',
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}"{trust})\n```',
     ]
     if results:
         lines = [[r.dataset_name, r.metric_name, f"{r.metric_value:.4f}"] for r in results]

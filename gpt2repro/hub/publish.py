@@ -29,6 +29,7 @@ from gpt2repro.hub.upload import upload, writable_repo
 from gpt2repro.training.checkpoints import OPTIMIZER, RECORD, verify_checkpoint
 from gpt2repro.training.run_folder import RUN_RECORD
 
+PUSH_WAIT_SECONDS = 600  # that the end of a run waits for its last checkpoint: 500 MB at 1 MB/s and then some
 UPLOADED = (
     "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
@@ -128,7 +129,7 @@ class BackgroundPush:
             shutil.rmtree(staged, ignore_errors=True)
             stage(checkpoint, staged, repo_id=self.repo_id, link=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            self._rows.append({"step": _step_of(staged), "seconds": 0.0, "error": f"{type(error).__name__}: {error}"})
+            self._report(staged, error=f"{type(error).__name__}: {error}")
             return
         if self._waiting:
             shutil.rmtree(self._waiting, ignore_errors=True)
@@ -136,7 +137,7 @@ class BackgroundPush:
         self._start_next()
 
     def finished(self) -> list[dict[str, Any]]:
-        """A row for each push that has ended since the last call: step, seconds, and its url or its error."""
+        """A row for each push that has ended since the last call: checkpoint_step, seconds, url or error."""
         if self._running and self._running[0].poll() is not None:
             self._end()
             self._start_next()
@@ -156,8 +157,7 @@ class BackgroundPush:
                 break
             rows += self.finished()
         if self._waiting:
-            late = {"step": _step_of(self._waiting), "seconds": 0.0, "error": "not begun when the run ended"}
-            self._rows.append(late)
+            self._report(self._waiting, error="not begun when the run ended")
             shutil.rmtree(self._waiting, ignore_errors=True)
         return rows + self.finished()
 
@@ -182,12 +182,11 @@ class BackgroundPush:
             said.seek(0)
             last = (said.read().strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
         outcome = {"url": last} if process.returncode == 0 else {"error": problem or last}
-        self._rows.append({"step": _step_of(staged), "seconds": time.perf_counter() - began, **outcome})
+        self._report(staged, seconds=time.perf_counter() - began, **outcome)
         shutil.rmtree(staged, ignore_errors=True)
 
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
+    def _report(self, staged: Path, **outcome: Any) -> None:
+        self._rows.append({"checkpoint_step": int(staged.name.rpartition("-")[2]), **outcome})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -50,7 +50,7 @@ class Recipe:
     n_positions: int | None = _option(None, "longest sequence in tokens, instead of the named shape's")
     vocab_size: int | None = _option(None, "token ids, instead of the tokenizer's number of entries")
     dropout: float = _option(0.0, "probability on embeddings, attention and residuals")
-    init_from: str | None = _option(None, "checkpoint (ours or stock GPT-2) whose weights start the run")
+    init_from: str | None = _option(None, "checkpoint (ours, stock GPT-2, nanoGPT's .pt) whose weights start the run")
     # the batch
     seq_len: int = _option(1024, "tokens a sequence (T)")
     global_batch_tokens: int = _option(524_288, "tokens an optimizer step, over all processes")
@@ -95,6 +95,8 @@ class Recipe:
     keep_every: int = _option(0, "steps between checkpoints that are kept for good; 0 is none")
     watchdog_minutes: float = _option(30.0, "minutes without progress after which a process says where; 0 is never")
     log_with: tuple[str, ...] = _option((), "trackers beside metrics.jsonl: tensorboard, wandb, trackio")
+    hub_repo_id: str | None = _option(None, "OWNER/NAME on the Hub, which gets checkpoints while the run goes on")
+    hub_every: int = _option(0, "steps between pushes, a multiple of save_every; 0 pushes the last checkpoint alone")
     resume: str = _option("auto", "auto, never, previous (the checkpoint before the newest), or a checkpoint's path")
 
     def problems(self, shape: dict[str, int] | None, *, world_size: int = 1) -> list[str]:
@@ -112,7 +114,7 @@ class Recipe:
         at_least = {
             "seq_len": 1, "global_batch_tokens": 1, "micro_batch_size": 1, "max_steps": 1, "warmup_steps": 0,
             "eval_every": 0, "eval_tokens": 1, "sample_every": 0, "sample_tokens": 1, "num_samples": 1,
-            "save_every": 1, "keep_last": 0, "keep_every": 0, "max_bad_steps": 1, "seed": 0,
+            "save_every": 1, "keep_last": 0, "keep_every": 0, "hub_every": 0, "max_bad_steps": 1, "seed": 0,
             "learning_rate": 0, "weight_decay": 0, "grad_clip": 0, "outlier_z": 0, "watchdog_minutes": 0,
         }  # fmt: skip
         found += [f"{name} is {getattr(self, name)}: give at least {low}" for name, low in at_least.items()
@@ -138,6 +140,10 @@ class Recipe:
             )
         if self.eval_tasks and not self.eval_every:
             found.append("eval_tasks are scored at every validation, but eval_every is 0: give a number of steps")
+        if self.hub_every and not self.hub_repo_id:
+            found.append(f"hub_every is {self.hub_every} without a hub_repo_id: give OWNER/NAME, or leave it out")
+        if self.hub_every % max(1, self.save_every):
+            found.append(f"hub_every={self.hub_every} is not a multiple of save_every={self.save_every}: change one")
         if self.vocab_size is not None and self.vocab_size < 1:
             found.append(f"vocab_size is {self.vocab_size}: give at least 1, or leave it out")
         if shape is not None and self.seq_len > shape["n_positions"]:

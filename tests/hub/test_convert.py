@@ -102,8 +102,8 @@ def save_build_nanogpt(file, state, *, rows, tmp_path):
     (tmp_path / "train_gpt2.py").write_text(
         "import sys, torch\nfrom dataclasses import dataclass\n\n@dataclass\nclass GPTConfig:\n"
         f"    block_size: int = 32\n    vocab_size: int = {rows}\n    n_layer: int = 2\n    n_head: int = 2\n"
-        "    n_embd: int = 32\n\ncheckpoint = {'model': torch.load(sys.argv[1]), 'config': GPTConfig(), 'step': 9, 'val_loss': 3.2}\n"
-        "torch.save(checkpoint, sys.argv[2])\n"
+        "    n_embd: int = 32\n\nmodel = torch.load(sys.argv[1])\n"
+        "torch.save({'model': model, 'config': GPTConfig(), 'step': 9, 'val_loss': 3.2}, sys.argv[2])\n"
     )
     subprocess.run([sys.executable, tmp_path / "train_gpt2.py", tmp_path / "state.pt", file], check=True, timeout=60)
 

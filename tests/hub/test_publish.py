@@ -1,0 +1,364 @@
+"""Publishing: the card, the folder, uploads to a Hub on loopback by the real client, pushes from inside a run."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+
+from eval.multiple_choice import command_parser, run_task
+from eval.tasks import TASKS
+from eval.validation import main as validate
+from gpt2repro.hub.card import TASK_DATASETS
+from gpt2repro.hub.publish import BackgroundPush, main
+from tests.conftest import ROOT, train_rows
+
+spec = importlib.util.spec_from_file_location("stub_hub", Path(__file__).with_name("stub_hub.py"))
+stub_hub = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(stub_hub)
+
+OURS = {
+    "README.md", "config.json", "configuration_gpt2repro.py", "generation_config.json", "model.safetensors",
+    "modeling_gpt2repro.py", "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
+STOCK = {name for name in OURS if not name.endswith(".py")}
+TOKENS = torch.randint(512, (2, 32), generator=torch.Generator().manual_seed(1))
+ITEMS = [{"goal": "To open a file,", "sol1": "call open.", "sol2": "call close.", "label": n % 2} for n in range(6)]
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stub that this process and its children take for the Hub."""
+    with stub_hub.StubHub() as hub:
+        for name, value in {**hub.env, "HF_HOME": str(tmp_path / "hf")}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # read when huggingface_hub was imported
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield hub
+
+
+@pytest.fixture
+def run(unbroken_run, tmp_path):
+    return shutil.copytree(unbroken_run, tmp_path / "run", symlinks=True)
+
+
+def logits(folder, **kwargs):
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, **kwargs)(TOKENS).logits
+
+
+def refusal(capsys, *arguments) -> str:
+    assert main([str(word) for word in arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def card_of(run, tmp_path, *flags) -> ModelCard:
+    folder = tmp_path / f"dry-{len(list(tmp_path.iterdir()))}"
+    assert main([str(run / "latest"), "--repo-id", "me/model", "--dry-run", str(folder), *flags]) == 0
+    return ModelCard.load(folder / "README.md")
+
+
+def values(card) -> dict:
+    return {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results or []}
+
+
+def test_the_cards_numbers_are_those_in_the_files(train_script, tiny_dataset, tmp_path, monkeypatch):
+    (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    run = tmp_path / "run"
+    train_script(run, eval_tasks=f"piqa:4={tmp_path / 'piqa.jsonl'}", max_steps=4)
+    (run / "curves.png").write_bytes(b"a picture")
+    first = card_of(run, tmp_path)
+    val, scored = train_rows(run, "val")[4], train_rows(run, "eval")[4]
+    assert values(first) == {
+        ("python-docs", "loss"): val["loss"], ("python-docs", "perplexity"): val["perplexity"],
+        ("piqa", "acc"): scored["acc"], ("piqa", "acc_norm"): scored["acc_norm"],
+    }  # fmt: skip
+    # Evaluations of the finished checkpoint take the place of the run's own.
+    monkeypatch.chdir(run)
+    monkeypatch.setattr(sys, "argv", ["", "--model", "latest", "--dataset", str(tiny_dataset), "--output", "v.json"])
+    validate()
+    flags = ["--model", str(run / "latest"), "--data", str(tmp_path / "piqa.jsonl"), "--device", "cpu"]
+    run_task(command_parser("").parse_args([*flags, "--output", str(run / "latest" / "p.json")]), "piqa")
+    card = card_of(run, tmp_path)
+    val, scored = json.loads((run / "v.json").read_text()), json.loads((run / "latest" / "p.json").read_text())
+    assert values(card) == {
+        ("python-docs", "loss"): val["loss"], ("python-docs", "perplexity"): val["perplexity"],
+        ("python-docs", "bits_per_byte"): val["bits_per_byte"],
+        ("piqa", "acc"): scored["acc"], ("piqa", "acc_norm"): scored["acc_norm"],
+    }  # fmt: skip
+    assert f"loss, {val['tokens']:,} tokens" in card.text and "acc, harness style, 6 items" in card.text
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+    piqa = next(result for result in card.data.eval_results if result.dataset_name == "piqa")
+    assert (piqa.task_type, piqa.dataset_type, piqa.dataset_split) == ("text-generation", "baber/piqa", "validation")
+    data = card.data
+    assert (data.license, data.library_name, data.pipeline_tag, data.language) == (
+        "apache-2.0", "transformers", "text-generation", "en",
+    )  # fmt: skip
+    record, state = (json.loads((run / name).read_text()) for name in ("run.json", "latest/trainer_state.json"))
+    facts = dict(line.strip("| ").split(" | ")[:2] for line in card.text.splitlines() if line.startswith("| "))
+    assert facts["tokens"] == f"{state['tokens']:,}" == "1,024"
+    assert facts["learning_rate"] == str(record["recipe"]["learning_rate"])
+    assert facts["commit"].startswith(record["starts"][-1]["git_commit"])
+    assert facts["last training loss"] == f"{train_rows(run)[4]['loss']:.4f}"
+    assert f"{record['model']['parameters']:,} parameters" in card.text
+    assert "![Loss over tokens](curves.png)" in card.text
+    assert str(tmp_path) not in str(card) and str(tiny_dataset.parent) not in str(card) and str(ROOT) not in str(card)
+
+
+def test_a_figure_of_another_or_an_older_checkpoint_is_left_out(run, tmp_path):
+    figure = {"model": str(run / "latest"), "task": "piqa", "style": "harness", "acc": 0.75, "n": 100}
+    (run / "piqa.json").write_text(json.dumps(figure))
+    assert values(card_of(run, tmp_path))["piqa", "acc"] == 0.75
+    os.utime(run / "piqa.json", (1, 1))  # measured when `latest` was something else
+    assert ("piqa", "acc") not in values(card_of(run, tmp_path))
+    (run / "piqa.json").write_text(json.dumps({**figure, "model": str(run / "step-00000006")}))
+    assert ("piqa", "acc") not in values(card_of(run, tmp_path))
+
+
+def test_the_hub_datasets_of_the_card_are_those_that_are_scored():
+    assert {name: task.hub for name, task in TASKS.items()} == TASK_DATASETS
+
+
+def test_a_dataset_of_the_hub_is_named_in_the_metadata(run, tmp_path):
+    record = json.loads((run / "run.json").read_text())
+    source = {"name": "hub", "dataset": "HuggingFaceFW/fineweb-edu", "config": "sample-10BT", "revision": "abc"}
+    (run / "run.json").write_text(json.dumps({**record, "dataset": {**record["dataset"], "source": source}}))
+    card = card_of(run, tmp_path)
+    assert card.data.datasets == ["HuggingFaceFW/fineweb-edu"]
+    assert {result.dataset_type for result in card.data.eval_results} == {"HuggingFaceFW/fineweb-edu"}
+    assert "| training text | HuggingFaceFW/fineweb-edu sample-10BT abc |" in card.text
+
+
+def test_a_dry_run_makes_the_folder_that_loads_and_asks_no_network(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    for name, flags, expected, trust in (("ours", [], OURS, True), ("stock", ["--stock"], STOCK, False)):
+        folder = tmp_path / name
+        assert main([str(run / "latest"), "--repo-id", "me/model", "--dry-run", str(folder), *flags]) == 0
+        assert {path.name for path in folder.iterdir()} == expected
+        code = "import sys\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        code += f"m = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code={trust})\n"
+        code += f"tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code={trust})\n"
+        code += "assert len(tokenizer) == m.config.vocab_size\n"
+        code += "print(type(m).__name__)\n"
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(folder)], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}, check=True,
+        )  # fmt: skip
+        assert done.stdout.strip() == ("GPT2ReproForCausalLM" if trust else "GPT2LMHeadModel")
+        assert ("trust_remote_code=True" in (folder / "README.md").read_text()) == trust
+        assert (logits(folder) - logits(run / "latest")).abs().max() < 1e-5
+        # A copy, not a link: what somebody changes in it is not changed in the run.
+        assert (folder / "tokenizer.json").stat().st_nlink == 1
+
+
+def test_a_published_checkpoint_loads_from_the_hub_with_the_same_logits(run, hub, tmp_path):
+    command = [sys.executable, "-m", "gpt2repro.hub.publish", str(run / "latest"), "--repo-id", "me/model"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{hub.url}/me/model/commit/")
+    assert set(hub.files["me/model"]) == OURS
+    assert hub.private["me/model"] and len(hub.commits) == 1
+    code = (
+        "import torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained('me/model', trust_remote_code=True)\n"
+        f"torch.save(model(torch.tensor({TOKENS.tolist()})).logits.detach(), {str(tmp_path / 'logits.pt')!r})\n"
+        "assert len(AutoTokenizer.from_pretrained('me/model', trust_remote_code=True)) == 512\n"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert loaded.returncode == 0, loaded.stderr
+    assert (torch.load(tmp_path / "logits.pt") - logits(run / "latest")).abs().max() < 1e-5
+    everything = b"".join([done.stdout.encode(), done.stderr.encode(), *hub.files["me/model"].values()])
+    assert hub.token.encode() not in everything
+    assert str(tmp_path).encode() not in everything
+
+
+def test_stock_replaces_what_was_published_before(run, hub, capsys):
+    assert main([str(run / "latest"), "--repo-id", "model", "--public"]) == 0
+    assert not hub.private["me/model"]
+    assert main([str(run / "latest"), "--repo-id", "me/model", "--stock"]) == 0
+    assert set(hub.files["me/model"]) == STOCK
+    assert json.loads(hub.files["me/model"]["config.json"])["model_type"] == "gpt2"
+    assert "me/model" in hub.files["me/model"]["README.md"].decode()
+
+
+def test_an_upload_that_broke_off_goes_on_with_the_same_command(run, hub, capsys):
+    command = [run / "latest", "--repo-id", "me/model"]
+    hub.trouble = lambda method, path: 500 if "/commit/" in path else None
+    assert "the upload to me/model broke off (" in refusal(capsys, *command)
+    assert hub.files["me/model"] == {}  # nothing half-published
+    sent = sum(method == "PUT" for method, _ in hub.requests)
+    hub.trouble = lambda method, path: None
+    assert main([str(word) for word in command]) == 0
+    assert set(hub.files["me/model"]) == OURS
+    assert sent == sum(method == "PUT" for method, _ in hub.requests) == 1  # the weights were not sent again
+    weights = hub.files["me/model"]["model.safetensors"]
+    assert weights == (run / "latest" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", [500, "drop"])
+def test_a_moment_of_trouble_during_the_upload_is_outlived(run, hub, kind, capsys):
+    troubles = [kind]
+    hub.trouble = lambda method, path: troubles.pop() if method == "PUT" and troubles else None
+    assert main([str(run / "latest"), "--repo-id", "me/model"]) == 0
+    assert not troubles and set(hub.files["me/model"]) == OURS
+    assert hub.token not in "".join(capsys.readouterr())
+
+
+def test_without_network_token_or_rights_one_line_says_so_and_nothing_is_published(run, hub, capsys, monkeypatch):
+    line = refusal(capsys, run / "latest", "--repo-id", "other/model")
+    assert "does not let us write to 'other/model' (" in line and "You don't have the rights" in line
+    assert "'a/b/c'" in refusal(capsys, run / "latest", "--repo-id", "a/b/c")
+    hub.trouble = lambda method, path: 403 if "auth-check" in path else None
+    assert "does not let us write to 'me/model' (" in refusal(capsys, run / "latest", "--repo-id", "me/model")
+    hub.trouble = lambda method, path: None
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    line = refusal(capsys, run / "latest", "--repo-id", "me/model")
+    assert "does not let us write" in line and "hf_wrong" not in line
+    monkeypatch.delenv("HF_TOKEN")
+    assert "there is no token for the Hub: run `hf auth login`" in refusal(capsys, run / "latest", "--repo-id", "me/m")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    began = time.monotonic()
+    assert "the Hub does not answer at http://127.0.0.1:9" in refusal(capsys, run / "latest", "--repo-id", "me/model")
+    assert time.monotonic() - began < 10
+    assert hub.commits == [] and not any(hub.files.values())
+
+
+def test_what_is_no_complete_checkpoint_is_not_published(run, hub, tmp_path, capsys):
+    latest = (run / "latest").resolve()
+    (tmp_path / "empty").mkdir()
+    stock = tmp_path / "stock"
+    assert main([str(latest), "--repo-id", "me/model", "--dry-run", str(stock), "--stock"]) == 0
+    capsys.readouterr()
+    for path, change, expected in (
+        (tmp_path / "nowhere", None, "there is no folder"),
+        (tmp_path / "empty", None, "holds no config.json"),
+        (stock, stock / "tokenizer.json", "holds no tokenizer.json"),
+        (latest, latest / "config.json", "config.json is missing"),
+        (latest, latest / "trainer_state.json", "its saving was not finished"),
+    ):
+        if change:
+            change.unlink()
+        assert expected in refusal(capsys, path, "--repo-id", "me/model")
+    (run / "step-00000006" / "model.safetensors").write_bytes(b"half")
+    assert "model.safetensors has 4 bytes" in refusal(capsys, run / "step-00000006", "--repo-id", "me/model")
+    (tmp_path / "full").mkdir()
+    assert hub.files == {}
+
+
+def test_a_converted_folder_is_published_without_a_run_around_it(run, hub, tmp_path):
+    from gpt2repro.hub.convert import convert
+
+    convert(run / "latest", tmp_path / "stock", to="gpt2")
+    assert main([str(tmp_path / "stock"), "--repo-id", "me/model"]) == 0
+    assert set(hub.files["me/model"]) == STOCK
+    card = ModelCard(hub.files["me/model"]["README.md"].decode())
+    assert "42,880 parameters, converted" in card.text and "## Training" not in card.text
+    (tmp_path / "back").mkdir()
+    for name, content in hub.files["me/model"].items():
+        (tmp_path / "back" / name).write_bytes(content)
+    assert isinstance(GPT2LMHeadModel.from_pretrained(tmp_path / "back"), GPT2LMHeadModel)
+
+
+def pushed(push, count, seconds=60):
+    rows, deadline = [], time.monotonic() + seconds
+    while len(rows) < count:
+        rows += push.finished()
+        assert time.monotonic() < deadline, rows
+        time.sleep(0.05)
+    return rows
+
+
+def test_of_checkpoints_that_come_during_a_push_the_newest_is_next(run, hub):
+    hub.files["me/model"] = {}
+    slow = [True]
+    hub.trouble = lambda method, path: time.sleep(1.5) if method == "PUT" and slow and slow.pop() else None
+    push = BackgroundPush("me/model", run_dir=run)
+    began = time.monotonic()
+    shutil.copytree(run / "step-00000006", run / "step-00000007")
+    for step in ("step-00000006", "step-00000007", "step-00000008"):
+        push.submit(run / step)
+        shutil.rmtree(run / step)  # pruned while it is on its way
+    assert time.monotonic() - began < 2
+    rows = pushed(push, 2)
+    assert [row["checkpoint_step"] for row in rows] == [6, 8] and all(row["url"].startswith(hub.url) for row in rows)
+    assert hub.commits == ["Upload step-00000006", "Upload step-00000008"]
+    assert push.wait(5) == []
+    assert not list(run.glob(".push-*"))
+
+
+def test_a_push_that_hangs_is_ended_when_the_run_ends(run, hub):
+    hub.files["me/model"] = {}
+    hub.trouble = lambda method, path: "hang" if method == "POST" else None
+    push = BackgroundPush("me/model", run_dir=run)
+    push.submit(run / "step-00000006")
+    push.submit(run / "step-00000008")
+    time.sleep(2)
+    assert push.finished() == []
+    began = time.monotonic()
+    rows = push.wait(1)
+    assert time.monotonic() - began < 4
+    assert [(row["checkpoint_step"], row["error"]) for row in rows] == [
+        (6, "not finished when the run ended, after 1 s more"), (8, "not begun when the run ended"),
+    ]  # fmt: skip
+    assert not list(run.glob(".push-*"))
+
+
+def test_a_run_pushes_in_the_background_and_its_last_checkpoint_is_awaited(train_script, hub, tmp_path):
+    run = tmp_path / "run"
+    fields = {"hub_repo_id": "me/model", "hub_every": 3, "keep_last": 1, "max_steps": 7}
+    output = train_script(run, env=os.environ, **fields)
+    assert hub.private["me/model"]
+    assert hub.commits[-1] == "Upload step-00000007" and len(hub.commits) in (2, 3)  # of 3 and 6 one may wait too long
+    assert hub.files["me/model"]["model.safetensors"] == (run / "latest" / "model.safetensors").read_bytes()
+    assert f"push of step 7 to {hub.url}/me/model/commit/" in output and hub.token not in output
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["checkpoint_step"] for row in rows if row["kind"] == "push"][-1] == 7
+    assert sorted(path.name for path in run.iterdir()) == [
+        "latest", "metrics.jsonl", "recipe.yaml", "run.json", "step-00000007",
+    ]  # fmt: skip
+    card = ModelCard(hub.files["me/model"]["README.md"].decode())
+    assert values(card)["python-docs", "loss"] == train_rows(run, "val")[7]["loss"]
+
+
+def test_a_run_whose_hub_dies_in_the_middle_ends_well_and_says_so(train_script, hub, unbroken_run, tmp_path):
+    from tests.test_train import assert_same_bits
+
+    def die_at_the_commit(method, path):
+        if "/commit/" in path:
+            hub.server.socket.close()  # nobody listens from now on
+            return "drop"
+
+    hub.trouble = die_at_the_commit
+    output = train_script(tmp_path / "run", env=os.environ, hub_repo_id="me/model", hub_every=3)
+    warnings = [line for line in output.splitlines() if " failed: the upload to me/model broke off (" in line]
+    assert 1 <= len(warnings) <= 3 and "push of step 8 failed" in warnings[-1]
+    assert "done: step 8" in output and "Traceback" not in output
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len([row for row in rows if row["kind"] == "push" and row["error"]]) == len(warnings)
+    assert_same_bits(tmp_path / "run", unbroken_run)
+    assert hub.files["me/model"] == {}
+
+
+def test_a_run_that_may_not_push_is_refused_before_it_begins(train_script, hub, tmp_path):
+    for env, owner, expected in (
+        ({"HF_TOKEN": ""}, "me", "there is no token for the Hub"),
+        ({}, "other", "the Hub does not let us write to 'other/model'"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "me", "the Hub does not answer at http://127.0.0.1:9"),
+    ):
+        fields = {"hub_repo_id": f"{owner}/model", "hub_every": 6}
+        output = train_script(tmp_path / "run", exit_code=1, env={**os.environ, **env}, **fields)
+        assert f"error: {expected}" in output and "Traceback" not in output
+        assert not (tmp_path / "run").exists()
+    output = train_script(tmp_path / "run", exit_code=1, hub_every=4)
+    assert "error: hub_every is 4 without a hub_repo_id" in output
+    assert "error: hub_every=4 is not a multiple of save_every=3" in output
