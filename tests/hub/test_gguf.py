@@ -1,9 +1,11 @@
 """One file for llama.cpp: read back by Transformers, run by llama.cpp."""
 
 import math
+import sys
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from configuration_gpt2repro import GPT2ReproConfig
@@ -64,7 +66,9 @@ def test_llama_cpp_runs_it_with_the_same_tokens_and_probabilities(checkpoint, gg
             expected = ours(ids).logits[0, -1].log_softmax(-1)
         assert step["id"] == expected.argmax()
         for token in step["top_logprobs"]:
-            assert math.isclose(token["logprob"], expected[token["id"]], abs_tol=1e-3)
+            assert math.isclose(
+                token["logprob"], expected[token["id"]], abs_tol=5e-3
+            )  # its GELU is a half-precision table
         ids = torch.cat([ids, torch.tensor([[step["id"]]])], dim=1)
 
 
@@ -83,8 +87,6 @@ def test_what_would_not_run_the_same_is_refused_and_nothing_is_overwritten(check
         write_gguf(tmp_path / "relu", tmp_path / "new.gguf")
     model.config.activation_function = "gelu_new"
     model.save_pretrained(tmp_path / "other")
-    from tokenizers import pre_tokenizers
-
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="not GPT-2's byte-level BPE"):
@@ -93,6 +95,6 @@ def test_what_would_not_run_the_same_is_refused_and_nothing_is_overwritten(check
 
 
 def test_a_missing_package_is_one_line(checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     assert main([str(checkpoint), str(tmp_path / "new.gguf")]) == 1
     assert capsys.readouterr().err == "error: the package gguf is missing: pip install gguf\n"

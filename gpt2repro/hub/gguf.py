@@ -1,0 +1,115 @@
+"""A checkpoint as one GGUF file, for llama.cpp and what is built on it.
+
+    python -m gpt2repro.hub.gguf runs/demo/latest demo.gguf            # extra `gguf`
+
+CHECKPOINT is a folder or Hub id of this project's model or of stock GPT-2, with its tokenizer. All tensors are
+float32; keys and tensor names are those of llama.cpp's architecture "gpt2", whose matrices are (out, in) as ours.
+Transformers reads the file too, but takes the positions from its own default of 1024 unless it is told them:
+
+    GPT2LMHeadModel.from_pretrained(folder, gguf_file="demo.gguf", n_positions=256)
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer
+
+from gpt2repro.hub.convert import load_as_gpt2repro
+
+# llama.cpp's "gpt-2" pre-tokenizer; whether the offsets trim spaces changes no token.
+GPT2_PRE_TOKENIZER = json.loads(pre_tokenizers.ByteLevel(add_prefix_space=False).__getstate__())
+
+
+def write_gguf(checkpoint: str | Path, file: str | Path) -> int:
+    """Write `file` and return the number of its tensors. It is written aside and renamed.
+
+    Raises:
+        ValueError: the package `gguf` is missing; no checkpoint there; `file` exists; or llama.cpp's GPT-2 computes
+            something else (its GELU is the tanh approximation, its tokenizer GPT-2's byte-level BPE).
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise ValueError("the package gguf is missing: pip install gguf") from None
+    file = Path(file)
+    if file.exists():
+        raise ValueError(f"{file} exists: give another name, or remove it first")
+    model = load_as_gpt2repro(checkpoint)
+    config = model.config
+    if config.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
+        raise ValueError(f"activation_function is {config.activation_function}: llama.cpp's GPT-2 knows only gelu_new")
+    writer = gguf.GGUFWriter(path=None, arch="gpt2")
+    writer.add_name(file.stem)
+    writer.add_block_count(config.n_layer)
+    writer.add_context_length(config.n_positions)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    _add_tokenizer(writer, checkpoint, rows=config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
+    tensors = model.state_dict()
+    if config.tie_word_embeddings:
+        del tensors["lm_head.weight"]  # without one, a reader takes the embedding
+    for name, tensor in tensors.items():
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None, name
+        writer.add_tensor(gguf_name, tensor.float().numpy())
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        writer.write_header_to_file(aside)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
+    return len(tensors)
+
+
+def _add_tokenizer(writer, checkpoint: str | Path, *, rows: int) -> None:
+    """Tokens, their types, merges and special ids; embedding rows without a token become unused tokens."""
+    import gguf
+
+    with tempfile.TemporaryDirectory() as folder:
+        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+        saved = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+        special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=rows)
+    splits = {**(saved["pre_tokenizer"] or {}), "trim_offsets": GPT2_PRE_TOKENIZER["trim_offsets"]}
+    if saved["model"]["type"] != "BPE" or splits != GPT2_PRE_TOKENIZER or saved["normalizer"]:
+        raise ValueError(f"the tokenizer of {checkpoint} is not GPT-2's byte-level BPE, the one that is written")
+    tokens = [(f"[PAD{row}]", gguf.TokenType.UNUSED) for row in range(rows)]
+    for token, row in saved["model"]["vocab"].items():
+        tokens[row] = (token, gguf.TokenType.NORMAL)
+    for added in saved["added_tokens"]:
+        kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+        tokens[added["id"]] = (added["content"], kind)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([token for token, _ in tokens])
+    writer.add_token_types([kind for _, kind in tokens])
+    special.add_to_gguf(writer, quiet=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write a checkpoint as one GGUF file (float32).")
+    parser.add_argument("checkpoint", help="folder or Hub id")
+    parser.add_argument("file", type=Path, help="file to make, e.g. model.gguf")
+    args = parser.parse_args(argv)
+    try:
+        count = write_gguf(args.checkpoint, args.file)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.file}: {count} float32 tensors, {args.file.stat().st_size:,} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
