@@ -161,8 +161,8 @@ def train(recipe) -> int:
         first_step = record["step"]
         check_resume(recipe, found, record, dataset.fingerprint)
     metrics, metrics_file = MetricsLog(None), run_dir / "metrics.jsonl"
-
     pushes: BackgroundPush | None = None  # on the main process of a run with a hub_repo_id
+
     def open_run_folder() -> None:
         nonlocal metrics, pushes
         if recipe.hub_repo_id:  # a missing token or right is an error now, not in an hour
@@ -240,11 +240,6 @@ def train(recipe) -> int:
         seconds = time.perf_counter() - began
         metrics.write(step, "checkpoint", seconds=seconds)
         show(f"step {step:>6}  saved in {seconds:.1f} s")
-
-    # ---- the loop ------------------------------------------------------------------------------------------
-    stop, bad_steps, watchdog = StopSignal(), BadSteps(recipe, rows), Watchdog(recipe.watchdog_minutes, rank=rank)
-    batches = loader.batches(first_step)
-    flops = flops_per_token(
         if pushes and (step == recipe.max_steps or (recipe.hub_every and step % recipe.hub_every == 0)):
             pushes.submit(checkpoint)
 
@@ -253,6 +248,11 @@ def train(recipe) -> int:
             metrics.write(step, "push", **row)
             outcome = f"to {row['url']}" if "url" in row else f"failed: {row['error']}"
             show(f"step {step:>6}  push of step {row['checkpoint_step']} {outcome}")
+
+    # ---- the loop ------------------------------------------------------------------------------------------
+    stop, bad_steps, watchdog = StopSignal(), BadSteps(recipe, rows), Watchdog(recipe.watchdog_minutes, rank=rank)
+    batches = loader.batches(first_step)
+    flops = flops_per_token(
         n_parameters=n_parameters, n_positions=config.n_positions, n_layer=config.n_layer, n_embd=config.n_embd,
         seq_len=recipe.seq_len,
     )  # fmt: skip
@@ -313,22 +313,22 @@ def train(recipe) -> int:
         if step % recipe.save_every == 0 or last_step or stopping_ranks:
             save(step)
             saved = step
+        if pushes:
+            report_pushes(step, pushes.finished())
         if stopping_ranks:
             break
         watchdog.step = step
         began = time.perf_counter()
     bar.close()
-        if pushes:
-            report_pushes(step, pushes.finished())
     batches.close()
     watchdog.stop()
+    stopped = saved < recipe.max_steps
+    if pushes:
+        report_pushes(step, pushes.wait(0 if stopped else PUSH_WAIT_SECONDS))
     for tracker in accelerator.trackers:
         tracker.finish()
 
     # ---- the end -------------------------------------------------------------------------------------------
-    stopped = saved < recipe.max_steps
-    if pushes:
-        report_pushes(step, pushes.wait(0 if stopped else PUSH_WAIT_SECONDS))
     if accelerator.is_main_process:
         print(summary(run_dir, step=step, stopped=stopped))
     return STOPPED_BY_SIGNAL if stopped else 0
