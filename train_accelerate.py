@@ -41,9 +41,10 @@ from gpt2repro.hub.publish import PUSH_WAIT_SECONDS, BackgroundPush
 from gpt2repro.hub.upload import writable_repo
 from gpt2repro.training.checkpoints import find_checkpoint, go_on_from, load_checkpoint, save_checkpoint
 from gpt2repro.training.guards import STOPPED_BY_SIGNAL, BadSteps, StopSignal, Watchdog, on_main_process
-from gpt2repro.training.launch import compile_wanted, start_accelerator
+from gpt2repro.training.launch import compile_wanted, loss_form, start_accelerator
 from gpt2repro.training.metrics import MetricsLog, flops_per_token, peak_flops, peak_memory_bytes, read_metrics
 from gpt2repro.training.optimizer import make_optimizer
+from gpt2repro.training.profile import step_profiler
 from gpt2repro.training.run_folder import check_run_folder, write_run_record
 from gpt2repro.training.schedule import lr_at
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -98,7 +99,7 @@ def train(recipe) -> int:
     accelerator = start_accelerator(recipe)
     transformers_logging.disable_progress_bar()  # a bar for every file of every checkpoint
     device, sharded = accelerator.device, accelerator.is_fsdp2
-    compiled = compile_wanted(recipe, device)
+    compiled, loss_impl = compile_wanted(recipe, device), loss_form(recipe, device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
 
@@ -146,12 +147,15 @@ def train(recipe) -> int:
              "source": dataset.info.get("source")}  # fmt: skip
     run_record = check_run_folder(recipe, dataset=facts, model=describe)
     run_dir = Path(recipe.output_dir)
+    profiler = None
+    if recipe.profile_steps and accelerator.is_main_process:
+        profiler = step_profiler(run_dir / "profile.json", steps=recipe.profile_steps, device=device, show=tqdm.write)
     if compiled:
         # In place and before prepare: one graph, clean state-dict keys, and no_sync keeps working. DDPOptimizer would
         # split the graph at every bucket. FSDP2 gathers between the blocks, which no graph can hold: a graph a block.
         torch._dynamo.config.optimize_ddp = False
         for part in raw.transformer.h if sharded else [raw]:
-            part.compile(fullgraph=True, dynamic=False)
+            part.compile(fullgraph=True, dynamic=False, mode=recipe.compile_mode)
     model, optimizer = accelerator.prepare(raw, optimizer)
 
     # ---- resume --------------------------------------------------------------------------------------------
@@ -276,7 +280,9 @@ def train(recipe) -> int:
             input_ids, targets = next(batches)
             is_last = micro_step == loader.accumulation - 1
             with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
-                loss = model(input_ids, shift_labels=targets, use_cache=False, skip_logits=True).loss
+                loss = model(
+                    input_ids, shift_labels=targets, use_cache=False, skip_logits=True, loss_impl=loss_impl
+                ).loss
                 accelerator.backward(loss / loader.accumulation)
             loss_sum += loss.detach() / loader.accumulation
 
@@ -293,6 +299,8 @@ def train(recipe) -> int:
         else:
             optimizer.step()
         optimizer.zero_grad()
+        if profiler:
+            profiler.step()
 
         seconds = time.perf_counter() - began
         tokens_per_second = recipe.global_batch_tokens / seconds

@@ -10,6 +10,8 @@ from typing import Any
 SCHEDULES = ("cosine", "constant")
 DATASET_FORMATS = ("auto", "gpt2repro", "build-nanogpt", "llm.c", "nanogpt")
 TRACKERS = ("tensorboard", "wandb", "trackio")
+LOSSES = ("auto", "plain", "chunked")
+COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 
 # A run is the same run as long as these hold; anything else (micro batch, precision, cadence) may change on resume.
@@ -80,8 +82,13 @@ class Recipe:
     compile: str = _option(
         "auto", "torch.compile; auto takes the launcher's, else true on CUDA", choices=("auto", "true", "false")
     )
+    compile_mode: str = _option("default", "of torch.compile; the other tries more kernels", choices=COMPILE_MODES)
     attn_implementation: str = _option("sdpa", "attention kernels", choices=ATTENTION)
+    loss_impl: str = _option(
+        "auto", "chunked holds the logits of an eighth of the tokens; auto: chunked on CUDA", choices=LOSSES
+    )
     gradient_checkpointing: bool = _option(False, "recompute activations: less memory, about a third more time")
+    profile_steps: int = _option(0, "steps to profile, from the fifth on, into output_dir/profile.json; 0 is none")
     # cadence
     eval_every: int = _option(250, "steps between validations; 0 is never")
     eval_tokens: int = _option(10_485_760, "validation tokens a time (build-nanogpt: 20 batches of 524,288)")
@@ -114,7 +121,7 @@ class Recipe:
         at_least = {
             "seq_len": 1, "global_batch_tokens": 1, "micro_batch_size": 1, "max_steps": 1, "warmup_steps": 0,
             "eval_every": 0, "eval_tokens": 1, "sample_every": 0, "sample_tokens": 1, "num_samples": 1,
-            "save_every": 1, "keep_last": 0, "keep_every": 0, "hub_every": 0, "max_bad_steps": 1, "seed": 0,
+            "save_every": 1, "keep_last": 0, "keep_every": 0, "hub_every": 0, "max_bad_steps": 1, "seed": 0, "profile_steps": 0,
             "learning_rate": 0, "weight_decay": 0, "grad_clip": 0, "outlier_z": 0, "watchdog_minutes": 0,
         }  # fmt: skip
         found += [f"{name} is {getattr(self, name)}: give at least {low}" for name, low in at_least.items()
@@ -138,6 +145,8 @@ class Recipe:
             found.append(
                 f"source is {self.source} and files names {len(self.files)}: they go together, --source files"
             )
+        if 0 < self.max_steps < self.profile_steps + 4:
+            found.append(f"profile_steps={self.profile_steps} begin after 4 steps, max_steps is {self.max_steps}: lower it")
         if self.eval_tasks and not self.eval_every:
             found.append("eval_tasks are scored at every validation, but eval_every is 0: give a number of steps")
         if self.hub_every and not self.hub_repo_id:
