@@ -145,8 +145,11 @@ class Recipe:
             found.append(
                 f"source is {self.source} and files names {len(self.files)}: they go together, --source files"
             )
-        if 0 < self.max_steps < self.profile_steps + 4:
-            found.append(f"profile_steps={self.profile_steps} begin after 4 steps, max_steps is {self.max_steps}: lower it")
+        if self.profile_steps > 0 and self.profile_steps + 4 > self.max_steps:
+            found.append(
+                f"profile_steps={self.profile_steps} are taken after 4 others, max_steps={self.max_steps} ends before: "
+                "lower profile_steps or raise max_steps"
+            )
         if self.eval_tasks and not self.eval_every:
             found.append("eval_tasks are scored at every validation, but eval_every is 0: give a number of steps")
         if self.hub_every and not self.hub_repo_id:
