@@ -272,7 +272,7 @@ def train(recipe) -> int:
     for step in range(first_step + 1, recipe.max_steps + 1):
         lr = lr_at(step - 1, recipe)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
         torch.manual_seed(seed_of(recipe.seed, step, rank))  # dropout; so that a resumed run draws the same
 
         loss_sum = torch.zeros((), device=device)

@@ -7,7 +7,8 @@ everything that is wrong with one, a line each, before anything is loaded or wri
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "constant", "wsd_linear", "wsd_sqrt")
+OPTIMIZERS = ("adamw", "muon")
 DATASET_FORMATS = ("auto", "gpt2repro", "build-nanogpt", "llm.c", "nanogpt")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 LOSSES = ("auto", "plain", "chunked")
@@ -17,8 +18,8 @@ ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 # A run is the same run as long as these hold; anything else (micro batch, precision, cadence) may change on resume.
 DEFINING_FIELDS = (
     "model", "n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "dropout", "init_from", "seq_len",
-    "global_batch_tokens", "max_steps", "learning_rate", "min_lr_ratio", "warmup_steps", "schedule", "weight_decay",
-    "beta1", "beta2", "grad_clip", "seed", "shuffle",
+    "global_batch_tokens", "max_steps", "optimizer", "learning_rate", "muon_learning_rate", "min_lr_ratio",
+    "warmup_steps", "schedule", "decay_ratio", "weight_decay", "beta1", "beta2", "grad_clip", "seed", "shuffle",
 )  # fmt: skip
 
 
@@ -59,11 +60,16 @@ class Recipe:
     micro_batch_size: int = _option(16, "sequences a process and micro step (B): what fits the memory")
     max_steps: int = _option(19_073, "optimizer steps")
     # the optimizer
+    optimizer: str = _option(
+        "adamw", "muon is Muon for the matrices of the blocks and AdamW for the rest", choices=OPTIMIZERS
+    )
     learning_rate: float = _option(6e-4, "peak learning rate")
+    muon_learning_rate: float | None = _option(None, "peak of Muon's matrices, instead of learning_rate")
     min_lr_ratio: float = _option(0.1, "floor of the schedule, as a share of the peak")
     warmup_steps: int = _option(715, "steps of linear warm-up")
     schedule: str = _option("cosine", "what follows the warm-up", choices=SCHEDULES)
-    weight_decay: float = _option(0.1, "AdamW decay of tensors of two dimensions and more")
+    decay_ratio: float = _option(0.2, "share of max_steps that the decay of wsd_linear and wsd_sqrt takes, at the end")
+    weight_decay: float = _option(0.1, "decay of tensors of two dimensions and more")
     beta1: float = _option(0.9, "AdamW beta1")
     beta2: float = _option(0.95, "AdamW beta2")
     grad_clip: float = _option(1.0, "largest gradient norm; 0 turns clipping off")
@@ -133,6 +139,20 @@ class Recipe:
                 found.append(f"{name} is {getattr(self, name)}: give a number from 0 to below 1")
         if not 0 <= self.min_lr_ratio <= 1:
             found.append(f"min_lr_ratio is {self.min_lr_ratio}: give a number from 0 to 1")
+        if not 0 < self.decay_ratio <= 1:
+            found.append(f"decay_ratio is {self.decay_ratio}: give a number above 0, up to 1")
+        elif self.schedule.startswith("wsd") and self.warmup_steps > (1 - self.decay_ratio) * self.max_steps:
+            found.append(
+                f"warmup_steps={self.warmup_steps} and a decay over decay_ratio={self.decay_ratio} of "
+                f"max_steps={self.max_steps} overlap: lower one of them"
+            )
+        if self.muon_learning_rate is not None and (self.optimizer != "muon" or not self.muon_learning_rate > 0):
+            found.append(
+                f"muon_learning_rate is {self.muon_learning_rate} with optimizer {self.optimizer}: "
+                "give a number above 0 with optimizer: muon, or leave it out"
+            )
+        if self.optimizer == "muon" and not self.learning_rate > 0:
+            found.append(f"learning_rate is {self.learning_rate}: muon's is a multiple of it, give a number above 0")
         if self.warmup_steps >= self.max_steps > 0:
             found.append(f"warmup_steps={self.warmup_steps} leaves nothing of max_steps={self.max_steps}: lower it")
         if len(self.dataset_dir) != 1 and (self.source or not self.dataset_dir):

@@ -35,9 +35,9 @@ def check_run_folder(recipe: Recipe, *, dataset: dict[str, Any], model: dict[str
         before = _read(folder / RUN_RECORD)
         if recipe.resume == "never":
             raise ValueError(f"output_dir {folder} holds a run and resume is never: give another --output_dir")
-        old, new = before["recipe"], record["recipe"]
-        differing = [f"{name} is {old.get(name)!r} there and {new[name]!r} here" for name in DEFINING_FIELDS
-                     if old.get(name) != new[name]]  # fmt: skip
+        old, new = asdict(Recipe()) | before["recipe"], record["recipe"]  # a field that came later had its default
+        differing = [f"{name} is {old[name]!r} there and {new[name]!r} here" for name in DEFINING_FIELDS
+                     if old[name] != new[name]]  # fmt: skip
         if before["dataset"]["fingerprint"] != dataset["fingerprint"]:
             differing.append("the dataset is another one")
         if differing:
