@@ -161,7 +161,7 @@ def _text_batches(arguments, model, tokenizer, *, seq_len: int) -> tuple[Batches
     return windows, {"bytes": len(text.encode("utf-8")), "stride": stride}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, help="count at most this many tokens (default: all)")
     parser.add_argument("--batch-size", type=int, default=4, help="windows a forward")
     parser.add_argument("--output", help="write the figures to this JSON file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.dataset and arguments.stride:
         parser.error("--stride goes with --text: the windows of a prepared dataset do not overlap")
     model, tokenizer = load_from(arguments)

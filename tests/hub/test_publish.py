@@ -85,8 +85,7 @@ def test_the_cards_numbers_are_those_in_the_files(train_script, tiny_dataset, tm
     }  # fmt: skip
     # Evaluations of the finished checkpoint take the place of the run's own.
     monkeypatch.chdir(run)
-    monkeypatch.setattr(sys, "argv", ["", "--model", "latest", "--dataset", str(tiny_dataset), "--output", "v.json"])
-    validate()
+    validate(["--model", "latest", "--dataset", str(tiny_dataset), "--output", "v.json"])
     flags = ["--model", str(run / "latest"), "--data", str(tmp_path / "piqa.jsonl"), "--device", "cpu"]
     run_task(command_parser("").parse_args([*flags, "--output", str(run / "latest" / "p.json")]), "piqa")
     card = card_of(run, tmp_path)
@@ -316,7 +315,7 @@ def test_a_push_that_hangs_is_ended_when_the_run_ends(run, hub):
 def test_a_run_pushes_in_the_background_and_its_last_checkpoint_is_awaited(train_script, hub, tmp_path):
     run = tmp_path / "run"
     fields = {"hub_repo_id": "me/model", "hub_every": 3, "keep_last": 1, "max_steps": 7}
-    output = train_script(run, env=os.environ, **fields)
+    output = train_script(run, processes=2, env=os.environ, **fields)
     assert hub.private["me/model"]
     assert hub.commits[-1] == "Upload step-00000007" and len(hub.commits) in (2, 3)  # of 3 and 6 one may wait too long
     assert hub.files["me/model"]["model.safetensors"] == (run / "latest" / "model.safetensors").read_bytes()
