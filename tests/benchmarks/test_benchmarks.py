@@ -1,0 +1,99 @@
+"""The benchmarks at a tiny size: what they print, what they write, and that a part which fails stops no other."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.gpu_suite import Part, run_part
+from benchmarks.ladder import RUNGS
+from benchmarks.train_throughput import VARIANTS
+from tests.conftest import ROOT, train_rows
+
+TINY = ["--device", "cpu", "--model-shape", "demo", "--batch-size", "2", "--seq-len", "32", "--rounds", "3"]
+
+
+def run(*words: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_the_comparison_prints_ratios_of_neighbouring_steps_and_one_json_line(tmp_path):
+    names = ["ours-eager", "ours-eager-chunked", "stock-eager"]
+    assert set(names) <= set(VARIANTS)
+    lines = run(
+        "benchmarks.train_throughput", *TINY, "--memory", "--variants", *names, "--json", str(tmp_path / "f.json")
+    )
+    figures = json.loads(lines[-1])
+    assert figures == json.loads((tmp_path / "f.json").read_text())
+    assert {"commit", "hardware", "torch", "transformers"} <= figures["machine"].keys()
+    clocks = {name: figures["variants"][name]["clock_seconds"] for name in names}
+    ratios = sorted(theirs / ours for ours, theirs in zip(clocks["ours-eager"], clocks["stock-eager"], strict=True))
+    assert figures["ratios"]["ours-eager / stock-eager"]["clock"]["median"] == pytest.approx(ratios[1])
+    for row in figures["variants"].values():
+        assert row["tokens_per_second"] * row["ms"] / 1000 == pytest.approx(64)
+        assert row["mfu"] == "unknown"
+        if sys.platform == "linux":
+            assert row["above_state_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_the_ladder_names_every_rung_and_says_which_do_not_apply(tmp_path):
+    files = ["--json", str(tmp_path / "ladder.json"), "--png", str(tmp_path / "ladder.png")]
+    run("benchmarks.ladder", *TINY, *files)
+    rows = json.loads((tmp_path / "ladder.json").read_text())["rungs"]
+    assert [row["rung"] for row in rows] == [name for name, _, _ in RUNGS]
+    assert [row["rung"] for row in rows if "skipped" in row] == ["TF32"]
+    assert rows[1]["lecture_gain"] == pytest.approx(1000 / 333)
+    assert rows[3]["gain"] == pytest.approx(rows[2]["ms"] / rows[3]["ms"])
+    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_part_that_fails_or_hangs_is_reported_and_figures_come_back(tmp_path):
+    def run_code(code: str, seconds: float = 60) -> dict:
+        return run_part(Part("part", [sys.executable, "-c", code], 1), tmp_path / "log", seconds=seconds)
+
+    assert run_code("raise SystemExit(3)")["ended"] == "exit code 3"
+    assert run_code("import time; time.sleep(60)", seconds=0.5)["ended"] == "cut off"
+    done = run_code("print('seen'); print('{\"tokens_per_second\": 3}')")
+    assert (done["ended"], done["figures"]) == ("done", {"tokens_per_second": 3})
+    assert "seen" in (tmp_path / "log").read_text()
+
+
+def test_the_suite_needs_no_package_that_a_bare_gpu_machine_lacks():
+    code = (
+        "import sys\n"
+        "for name in ('datasets', 'evaluate', 'lm_eval', 'pandas', 'pyarrow', 'zstandard', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
+        "import benchmarks.gpu_suite, benchmarks.ladder, benchmarks.train_throughput, benchmarks.generation\n"
+        "import benchmarks.eval_throughput\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_the_whole_suite_runs_at_a_tiny_size_and_writes_at_most_eight_files(tmp_path, tiny_dataset):
+    run("benchmarks.gpu_suite", "--tiny", "--output", str(tmp_path), "--dataset", str(tiny_dataset), "--minutes", "8")
+    parts = json.loads((tmp_path / "suite.json").read_text())["parts"]
+    assert {part["ended"] for part in parts} == {"done"}, parts
+    assert len(list(tmp_path.iterdir())) <= 8
+
+
+def test_two_processes_with_the_chunked_loss_learn_what_one_with_the_plain_loss_does(
+    train_script, unbroken_run, tmp_path
+):
+    train_script(tmp_path / "run", processes=2, loss_impl="chunked")
+    expected, found = train_rows(unbroken_run), train_rows(tmp_path / "run")
+    for step, row in expected.items():
+        assert found[step]["loss"] == pytest.approx(row["loss"], abs=2e-5)
+
+
+def test_a_profiled_run_writes_a_trace_and_names_its_costliest_kernels(train_script, tmp_path):
+    output = train_script(tmp_path / "run", profile_steps=2)
+    assert json.loads((tmp_path / "run" / "profile.json").read_text())["traceEvents"]
+    table = output[output.index("kernel  ") :].splitlines()[1:11]
+    shares = [float(line[58:65].strip().rstrip("%")) for line in table]
+    assert shares == sorted(shares, reverse=True) and 20 < sum(shares) <= 100.5
+    assert any("aten::mm" in line for line in table)
