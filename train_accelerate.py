@@ -22,24 +22,23 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from configuration_gpt2repro import NAMED_SHAPES, GPT2ReproConfig
 from eval.multiple_choice import evaluate_tasks, prepare_task
 from eval.sample import sample
 from eval.validation import validation_loss
+from gpt2repro.checks import check_dataset, check_init_from, check_recipe, model_config
 from gpt2repro.cli import UsageError, parse_recipe, write_recipe
 from gpt2repro.data.loader import TrainLoader, validation_batches, validation_tokens
 from gpt2repro.data.order import WindowOrder
 from gpt2repro.data.prepare import prepare
 from gpt2repro.data.shards import load_tokenizer, open_dataset, tokenizer_sha256
-from gpt2repro.data.sources import was_made_from
 from gpt2repro.hub.convert import load_as_gpt2repro
 from gpt2repro.hub.publish import PUSH_WAIT_SECONDS, BackgroundPush
 from gpt2repro.hub.upload import writable_repo
 from gpt2repro.training.checkpoints import find_checkpoint, go_on_from, load_checkpoint, save_checkpoint
+from gpt2repro.training.expected_loss import has_expected_loss, loss_warning
 from gpt2repro.training.guards import STOPPED_BY_SIGNAL, BadSteps, StopSignal, Watchdog, on_main_process
 from gpt2repro.training.launch import compile_wanted, loss_form, start_accelerator
 from gpt2repro.training.metrics import MetricsLog, flops_per_token, peak_flops, peak_memory_bytes, read_metrics
@@ -212,6 +211,10 @@ def train(recipe) -> int:
         perplexity, tokens = math.exp(min(loss, 700.0)), step * recipe.global_batch_tokens
         metrics.write(step, "val", loss=loss, perplexity=perplexity, eval_tokens=counted, tokens=tokens)
         show(f"step {step:>6}  validation loss {loss:.4f}, perplexity {perplexity:,.1f}")
+        comparable = has_expected_loss(dataset.info, config, init_from=recipe.init_from)
+        if comparable and (warning := loss_warning(tokens, loss)):
+            metrics.write(step, "warning", text=warning, loss=loss, tokens=tokens)
+            show(f"step {step:>6}  warning: {warning}")
         if tasks and step:
             # A sharded model runs on all processes at once or on none, so there each one scores every item.
             split = {} if sharded else {"gather_object": gather_object, **share}
@@ -340,70 +343,6 @@ def train(recipe) -> int:
     if accelerator.is_main_process:
         print(summary(run_dir, step=step, stopped=stopped))
     return STOPPED_BY_SIGNAL if stopped else 0
-
-
-def model_shape(recipe) -> dict[str, int] | None:
-    """The named shape with the recipe's overrides; None when the name is unknown."""
-    if recipe.model not in NAMED_SHAPES:
-        return None
-    overrides = {name: getattr(recipe, name) for name in ("n_layer", "n_head", "n_embd", "n_positions")}
-    shape = {"n_positions": 1024, **NAMED_SHAPES[recipe.model]}
-    return shape | {name: value for name, value in overrides.items() if value is not None}
-
-
-def check_recipe(recipe, *, world_size: int) -> None:
-    """Name everything that is wrong with a recipe at once, before anything is loaded or written."""
-    shape = model_shape(recipe)
-    problems = recipe.problems(shape, world_size=world_size)
-    try:
-        GPT2ReproConfig(**(shape or {}))
-    except StrictDataclassError as error:
-        problems += str(error).split("ValueError: ")[-1].splitlines()
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
-def model_config(recipe, dataset) -> GPT2ReproConfig:
-    """The configuration of a run's model: the recipe's shape, the dataset's vocabulary."""
-    vocab_size = recipe.vocab_size or dataset.vocab_size
-    if vocab_size < dataset.vocab_size:
-        raise ValueError(
-            f"vocab_size={vocab_size} is smaller than the {dataset.vocab_size} entries of the dataset's tokenizer: "
-            "leave vocab_size out"
-        )
-    return GPT2ReproConfig(
-        **model_shape(recipe), vocab_size=vocab_size, bos_token_id=dataset.eot_id, eos_token_id=dataset.eot_id,
-        resid_pdrop=recipe.dropout, embd_pdrop=recipe.dropout, attn_pdrop=recipe.dropout,
-    )  # fmt: skip
-
-
-def check_dataset(recipe, dataset) -> None:
-    """Refuse a dataset that was made from another source or with another tokenizer than the recipe's.
-
-    A tokenizer of the Hub is compared as far as it can be without a network: a trained one is never one of those.
-    """
-    folder, wanted = recipe.dataset_dir[0], recipe.tokenizer or ""
-    advice = "give another dataset_dir to prepare, or leave it out of the recipe"
-    made_from, made_with = dataset.info.get("source"), str(dataset.info.get("tokenizer", ""))
-    if recipe.source and made_from and not was_made_from(made_from, recipe.source, list(recipe.files)):
-        files = f" {', '.join(recipe.files)}" if recipe.files else ""
-        raise ValueError(f"source is {recipe.source}{files}, but {folder} was made from {made_from}: {advice}")
-    if Path(wanted).is_dir() and wanted:
-        same = tokenizer_sha256(wanted) == dataset.tokenizer_sha256
-    else:
-        same = not wanted or wanted == made_with or "train:" not in wanted + made_with
-    if not same:
-        raise ValueError(f"tokenizer is {wanted}, but {folder} has another one ({made_with or 'named'}): {advice}")
-
-
-def check_init_from(recipe, found: GPT2ReproConfig, wanted: GPT2ReproConfig) -> None:
-    """Refuse weights of another shape than the recipe's; a no-op for a run that starts from its own."""
-    names = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
-    wrong = [f"{n} is {getattr(found, n)} there, {getattr(wanted, n)} here" for n in names
-             if getattr(found, n) != getattr(wanted, n)]  # fmt: skip
-    if wrong:
-        raise ValueError(f"init_from {recipe.init_from} is of another shape: {'; '.join(wrong)}")
-    found.resid_pdrop = found.embd_pdrop = found.attn_pdrop = recipe.dropout
 
 
 def check_resume(recipe, found: Path, record: dict, fingerprint: str) -> None:

@@ -5,7 +5,8 @@ import yaml
 
 from gpt2repro.cli import parse_recipe
 from tests.conftest import ROOT
-from train_accelerate import DEFAULT_RECIPE, model_shape
+from gpt2repro.checks import model_shape
+from train_accelerate import DEFAULT_RECIPE
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
