@@ -129,8 +129,9 @@ def _results(
     saved = (checkpoint / (RECORD if state else "config.json")).stat().st_mtime
     for file in sorted([*checkpoint.parent.glob("*.json"), *checkpoint.glob("*.json")]):
         found = _read(file)
-        if not {"model", "loss", "tokens"} <= found.keys() and not {"model", "task", "acc", "n"} <= found.keys():
-            continue
+        wanted = ("model", "task", "acc", "n") if "task" in found else ("model", "measured_on", "loss", "tokens")
+        if not found.keys() >= set(wanted):
+            continue  # some other file
         beside = file.parent != checkpoint
         if beside and (Path(found["model"]).resolve() != checkpoint or file.stat().st_mtime < saved):
             continue

@@ -120,7 +120,7 @@ class BackgroundPush:
         self._waiting: Path | None = None
         self._rows: list[dict[str, Any]] = []
         for leftover in run_dir.glob(".push-*"):  # of a run that was killed
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def submit(self, checkpoint: Path) -> None:
         """Push a checkpoint that was just saved, as soon as the push before it has ended."""
@@ -158,21 +158,25 @@ class BackgroundPush:
             rows += self.finished()
         if self._waiting:
             self._report(self._waiting, error="not begun when the run ended")
-            shutil.rmtree(self._waiting, ignore_errors=True)
         return rows + self.finished()
 
     def _start_next(self) -> None:
         if self._running or not self._waiting:
             return
         staged, self._waiting = self._waiting, None
-        said = TemporaryFile("w+", encoding="utf-8")
-        process = subprocess.Popen(
-            # -P: the folder of that file is no place to import from. A session of its own: Ctrl-C is the run's.
-            [sys.executable, "-P", upload_script.__file__, str(staged), self.repo_id, f"Upload {staged.name[6:]}"],
-            stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
-        )  # fmt: skip
-        self._running = (process, said, staged, time.perf_counter())
+        # -P: the folder of that file is no place to import from. A session of its own: Ctrl-C is the run's.
+        message = f"Upload {staged.name.removeprefix('.push-')}"
+        command = [sys.executable, "-P", upload_script.__file__, str(staged), self.repo_id, message]
+        try:
+            said = TemporaryFile("w+", encoding="utf-8")
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+            )  # fmt: skip
+        except OSError as error:
+            self._report(staged, error=str(error))
+        else:
+            self._running = (process, said, staged, time.perf_counter())
 
     def _end(self, problem: str | None = None) -> None:
         assert self._running
@@ -183,10 +187,10 @@ class BackgroundPush:
             last = (said.read().strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
         outcome = {"url": last} if process.returncode == 0 else {"error": problem or last}
         self._report(staged, seconds=time.perf_counter() - began, **outcome)
-        shutil.rmtree(staged, ignore_errors=True)
 
     def _report(self, staged: Path, **outcome: Any) -> None:
         self._rows.append({"checkpoint_step": int(staged.name.rpartition("-")[2]), **outcome})
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -200,9 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        where = publish(
-            args.checkpoint, args.repo_id, stock=args.stock, private=not args.public, dry_run=args.dry_run
-        )
+        where = publish(args.checkpoint, args.repo_id, stock=args.stock, private=not args.public, dry_run=args.dry_run)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,9 +1,4 @@
-"""A Hub on loopback: it answers the calls of the real client that make, fill and read a model repository.
-
-    with StubHub() as hub:
-        … HF_ENDPOINT=hub.url HF_TOKEN=hub.token HF_HUB_DISABLE_XET=1 …
-        hub.files["me/model"]["config.json"]
-"""
+"""A Hub on loopback: it answers the calls of the real client that make, fill and read a model repository."""
 
 import base64
 import hashlib

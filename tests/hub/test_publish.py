@@ -312,6 +312,17 @@ def test_a_push_that_hangs_is_ended_when_the_run_ends(run, hub):
     assert not list(run.glob(".push-*"))
 
 
+def test_a_push_that_cannot_even_start_is_reported_and_no_more(run, hub, monkeypatch):
+    push = BackgroundPush("me/model", run_dir=run)
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    push.submit(run / "step-00000006")
+    (run / "step-00000008" / "config.json").unlink()
+    push.submit(run / "step-00000008")
+    rows = push.finished()
+    assert [row["checkpoint_step"] for row in rows] == [6, 8] and "/nowhere/python" in rows[0]["error"]
+    assert push.wait(1) == [] and not list(run.glob(".push-*"))
+
+
 def test_a_run_pushes_in_the_background_and_its_last_checkpoint_is_awaited(train_script, hub, tmp_path):
     run = tmp_path / "run"
     fields = {"hub_repo_id": "me/model", "hub_every": 3, "keep_last": 1, "max_steps": 7}
