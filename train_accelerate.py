@@ -88,7 +88,8 @@ def is_lost_process(error: RuntimeError) -> bool:
 def explain(error: Exception, *, rank: int) -> None:
     """One line on standard error for each thing that is wrong."""
     for line in str(error).splitlines():
-        print(f"error on process {rank}: {line}" if rank else f"error: {line}", file=sys.stderr)
+        line = f"error on process {rank}: {line}" if rank else f"error: {line}"
+        tqdm.write(line, file=sys.stderr)  # below the bar, not behind it
 
 
 def train(recipe) -> int:

@@ -8,6 +8,7 @@ as people write them (YAML reads `6e-4` as a string). Dashes and underscores are
 
 import argparse
 import difflib
+import math
 import types
 import typing
 from dataclasses import asdict, fields
@@ -118,7 +119,7 @@ def _convert(value: Any, hint: Any) -> Any:
             raise ValueError
         return str(value).lower() == "true"
     number = float(str(value).replace("_", "").replace(",", ""))
-    if isinstance(value, bool) or (target is int and not number.is_integer()):
+    if isinstance(value, bool) or not math.isfinite(number) or (target is int and not number.is_integer()):
         raise ValueError
     return target(number)
 

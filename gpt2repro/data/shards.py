@@ -176,8 +176,13 @@ class Dataset:
         return self.streams[name]
 
     def verify(self) -> list[str]:
-        """Recompute every recorded sha256. One line for each shard that differs; ValueError where none is recorded."""
+        """Recompute every recorded sha256, of shards and tokenizer. One line for each that differs.
+
+        Raises ValueError where none is recorded, and for a tokenizer that does not load.
+        """
         damaged = []
+        if self.tokenizer and (found := tokenizer_sha256(self.tokenizer)) != self.tokenizer_sha256:
+            damaged.append(f"{self.tokenizer}: the tokenizer's sha256 is {found}, recorded {self.tokenizer_sha256}")
         for name, stream in self.streams.items():
             for shard, record in zip(stream.shards, self.info["splits"][name]["shards"], strict=True):
                 if "sha256" not in record:

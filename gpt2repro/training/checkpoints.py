@@ -13,6 +13,7 @@ pickle. The files are the same whether one process trained, several (DDP), or se
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def save_checkpoint(
     def write() -> None:
         aside = run_dir / f".{final.name}.tmp"
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        aside.mkdir()  # the run's folder is there, or was taken away: then nothing may begin another in its place
         _unsharded(model).save_pretrained(aside, state_dict=weights, max_shard_size="1TB")  # one file, however large
         tokenizer.save_pretrained(aside)
         save_file(tensors, aside / OPTIMIZER)
@@ -86,7 +87,7 @@ def save_checkpoint(
                 raise
             raise ValueError(
                 f"saving step {step} in {run_dir} failed ({error}); what was saved before is untouched: "
-                "make room and run the same command again"
+                "mend that (a full disk: make room) and run the same command again"
             ) from error
 
     on_main_process(accelerator, explained)
@@ -190,14 +191,18 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path / RECORD} is damaged (its sha256 is not the recorded one): {advice}")
     if record["format"] != FORMAT_VERSION:
         raise ValueError(f"{path} is of format {record['format']}, this code reads {FORMAT_VERSION}: {advice}")
-    for name, expected in record["files"].items():
-        file = path / name
+
+    def verify(name: str) -> None:
+        file, expected = path / name, record["files"][name]
         if not file.is_file():
             raise ValueError(f"{file} is missing: {advice}")
         if file.stat().st_size != expected["bytes"]:
             raise ValueError(f"{file} has {file.stat().st_size} bytes, not {expected['bytes']}: {advice}")
         if _sha256(file) != expected["sha256"]:
             raise ValueError(f"{file} is damaged (its sha256 is not the recorded one): {advice}")
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(verify, record["files"]))
     return record
 
 
@@ -233,11 +238,15 @@ def _complete(folder: Path, record: dict[str, Any]) -> None:
     """Give every file its mode and its place in the record, write the record, and sync all of it to the disk."""
     umask = os.umask(0)
     os.umask(umask)
-    record["files"] = {}
-    for file in sorted(folder.iterdir()):
+
+    def settle(file: Path) -> dict[str, Any]:
         file.chmod(0o666 & ~umask)  # safetensors writes 0600, which a group's other members cannot read
-        record["files"][file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         _sync(file)
+        return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+    files = sorted(folder.iterdir())
+    with ThreadPoolExecutor() as pool:  # one file waits for the disk while another is hashed
+        record["files"] = dict(zip([file.name for file in files], pool.map(settle, files), strict=True))
     record["sha256"] = _seal(record)
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     _sync(folder / RECORD)

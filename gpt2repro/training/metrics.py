@@ -1,6 +1,5 @@
 """What a run measures: metrics.jsonl, tokens a second, model FLOPs utilisation, memory."""
 
-import errno
 import json
 import math
 import os
@@ -83,8 +82,8 @@ class MetricsLog:
             values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             row = (json.dumps({"step": step, "kind": kind, **values}) + "\n").encode()
             try:
-                if self._file.write(row) < len(row):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                while row:  # a full disk takes a part and refuses the rest
+                    row = row[self._file.write(row) :]
             except OSError as error:
                 raise ValueError(
                     f"{self._file.name} cannot be written ({error.strerror}); the checkpoints are untouched: "

