@@ -1,0 +1,60 @@
+"""Transformers' `Trainer` drives the model as it drives its own."""
+
+import math
+
+import torch
+from transformers import Trainer, TrainingArguments, set_seed
+
+from configuration_gpt2repro import GPT2ReproConfig
+from modeling_gpt2repro import GPT2ReproForCausalLM
+
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32, "vocab_size": 64}
+
+
+def windows(count: int) -> list[dict]:
+    """Sequences that count upwards by steps of their own, so that there is something to learn; some targets masked."""
+    rows = [(torch.arange(32) * (1 + row % 3) + row) % SHAPE["vocab_size"] for row in range(count)]
+    return [
+        {"input_ids": ids, "labels": ids.where(torch.arange(32) < 32 - row % 5, -100)} for row, ids in enumerate(rows)
+    ]
+
+
+def train(folder, *, resume=None, count: int = 64, **settings):
+    set_seed(0)
+    model = GPT2ReproForCausalLM(GPT2ReproConfig(**SHAPE, bos_token_id=0, eos_token_id=0))
+    arguments = TrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=1, learning_rate=3e-3,
+        lr_scheduler_type="constant", seed=0, **{"save_strategy": "no", **settings},
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=windows(count))
+    trainer.train(resume_from_checkpoint=resume)
+    return model, [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_it_trains_in_bf16_with_accumulation_and_gradient_checkpointing(tmp_path):
+    _, losses = train(
+        tmp_path, bf16=True, gradient_checkpointing=True, per_device_train_batch_size=4,
+        gradient_accumulation_steps=2, max_steps=40,
+    )  # fmt: skip
+    assert abs(losses[0] - math.log(64)) < 0.3
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_one_step_of_eight_sequences_is_eight_micro_steps_of_one(tmp_path):
+    results = [
+        train(tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=8 // batch, max_steps=4)
+        for batch in (8, 1)
+    ]
+    (model, losses), (other, others) = results
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(others), atol=1e-5, rtol=1e-5)
+    for parameter, same in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(parameter, same, atol=1e-5, rtol=1e-4)
+
+
+def test_a_resumed_run_ends_where_the_unbroken_one_does(tmp_path):
+    settings = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 3}
+    unbroken, losses = train(tmp_path / "a", max_steps=6, **settings)
+    train(tmp_path / "b", max_steps=3, **settings)
+    resumed, again = train(tmp_path / "b", resume=str(tmp_path / "b" / "checkpoint-3"), max_steps=6, **settings)
+    assert again == losses
+    assert all(torch.equal(a, b) for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True))
