@@ -1,12 +1,16 @@
 """What people get wrong: one clear line for each mistake, all of a configuration's together, nothing written over."""
 
+import importlib
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
 
 import train_accelerate
+from eval.loading import run_command
+from gpt2repro.hub import convert
 from tests.conftest import TINY
 
 
@@ -253,3 +257,113 @@ def test_a_record_of_a_run_that_cannot_be_read_is_refused(refused, tmp_path):
     (tmp_path / "odd" / "run.json").write_text(json.dumps({"recipe": {}}))
     (line,) = refused(output_dir=tmp_path / "odd")
     assert "run.json cannot be read" in line
+
+
+MISTAKES = [
+    # what is wrong with one value of a recipe
+    ({"max_steps": "ten"}, 2, "max_steps is 'ten': expected a whole number"),
+    ({"max_steps": "1e400"}, 2, "max_steps is '1e400': expected a whole number"),
+    ({"max_steps": 8.5}, 2, "max_steps is '8.5': expected a whole number"),
+    ({"max_steps": 0}, 1, "max_steps is 0: give at least 1"),
+    ({"learning_rate": "nan"}, 2, "learning_rate is 'nan': expected a number"),
+    ({"learning_rate": "inf"}, 2, "learning_rate is 'inf': expected a number"),
+    ({"learning_rate": -1}, 1, "learning_rate is -1.0: give at least 0"),
+    ({"shuffle": 1}, 2, "shuffle is '1': expected true or false"),
+    ({"seq_len": 0}, 1, "seq_len is 0: give at least 1"),
+    ({"micro_batch_size": -4}, 1, "micro_batch_size is -4: give at least 1"),
+    ({"global_batch_tokens": 0}, 1, "global_batch_tokens is 0: give at least 1"),
+    ({"beta1": 1}, 1, "beta1 is 1.0: give a number from 0 to below 1"),
+    ({"dropout": 1}, 1, "dropout is 1.0: give a number from 0 to below 1"),
+    ({"min_lr_ratio": 2}, 1, "min_lr_ratio is 2.0: give a number from 0 to 1"),
+    ({"warmup_steps": -1}, 1, "warmup_steps is -1: give at least 0"),
+    ({"save_every": 0}, 1, "save_every is 0: give at least 1"),
+    ({"keep_last": -1}, 1, "keep_last is -1: give at least 0"),
+    ({"seed": -1}, 1, "seed is -1: give at least 0"),
+    ({"n_head": 0}, 1, "n_head is 0: give a number of at least 1"),
+    ({"mixed_precision": "fp16"}, 1, "mixed_precision is 'fp16': give one of auto, no, bf16"),
+    ({"compile": "maybe"}, 1, "compile is 'maybe': give one of auto, true, false"),
+    ({"attn_implementation": "flash"}, 1, "attn_implementation is 'flash': give one of sdpa"),
+    ({"on_bad_step": "retry"}, 1, "on_bad_step is 'retry': give one of skip, stop"),
+    ({"dataset_format": "parquet"}, 1, "dataset_format is 'parquet': give one of auto, gpt2repro"),
+    # what is not there
+    ({"source": "python-docs"}, 1, "a source without a tokenizer: give a folder, a Hub id, or train:N"),
+    ({"source": "nosuch", "tokenizer": "train:300", "dataset_dir": "nowhere"}, 1, "unknown source 'nosuch': one of"),
+    (
+        {"source": "files", "files": "nowhere/*.txt", "tokenizer": "train:300", "dataset_dir": "nowhere"}, 1,
+        "no file matches 'nowhere/*.txt'",
+    ),
+    ({"resume": "nowhere"}, 1, "resume is 'nowhere', which is no complete checkpoint (no trainer_state.json)"),
+    ({"resume": "previous"}, 1, "holds 0 checkpoints: expected two"),
+    ({"eval_tasks": "nosuch"}, 1, "no task 'nosuch': there are hellaswag, piqa"),
+    ({"eval_tasks": "hellaswag=nowhere.jsonl"}, 1, "No such file or directory: 'nowhere.jsonl'"),
+    ({"eval_tasks": "hellaswag:harness:x"}, 1, "hellaswag has no style 'x': it has completion and harness"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "exit_code", "expected"), MISTAKES, ids=[expected for *_, expected in MISTAKES])
+def test_a_mistake_in_a_recipe_is_one_line(refused, tmp_path, monkeypatch, fields, exit_code, expected):
+    monkeypatch.chdir(tmp_path)
+    (line,) = refused(exit_code=exit_code, **fields)
+    assert expected in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_words_that_are_no_flags_are_refused(refused):
+    (line,) = refused(exit_code=2, extra=("runs/demo",))
+    assert line == "error: 'runs/demo' stands alone on the command line: flags are --field value"
+
+
+COMMANDS = [
+    ("hellaswag", "--model CHECKPOINT --data nowhere.jsonl", 1, "No such file or directory: 'nowhere.jsonl'"),
+    ("hellaswag", "--model CHECKPOINT --data prose.txt", 1, "prose.txt, line 1: no JSON"),
+    ("hellaswag", "--data prose.txt", 2, "the following arguments are required: --model"),
+    ("multiple_choice", "--model CHECKPOINT --task nosuch", 2, "invalid choice: 'nosuch'"),
+    ("validation", "--model CHECKPOINT", 2, "one of the arguments --dataset --text is required"),
+    ("validation", "--model CHECKPOINT --text nowhere.txt", 1, "No such file or directory: 'nowhere.txt'"),
+    ("validation", "--model CHECKPOINT --text prose.txt --dataset .", 2, "not allowed with argument"),
+    ("validation", "--model ./nowhere --text prose.txt", 1, "there is no folder ./nowhere: give a checkpoint folder"),
+    ("sample", "--model CHECKPOINT --prompt a --max-new-tokens 0", 1, "give at least 1 of each"),
+    ("sample", "--model CHECKPOINT --prompt a --max-new-tokens 99", 1, "do not fit the model's 32 positions"),
+]
+
+
+@pytest.mark.parametrize(("command", "words", "exit_code", "expected"), COMMANDS)
+def test_a_mistake_in_measuring_is_one_line(
+    unbroken_run, tmp_path, monkeypatch, capsys, command, words, exit_code, expected
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prose.txt").write_text("To be, or not to be")
+    words = words.replace("CHECKPOINT", str(unbroken_run / "latest"))
+    monkeypatch.setattr(
+        sys, "argv", [command, *words.split(), *(["--output", "o.json"] if command != "sample" else [])]
+    )
+    with pytest.raises(SystemExit) as exit_:
+        run_command(importlib.import_module(f"eval.{command}").main)
+    assert exit_.value.code == exit_code
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " in last and expected in last
+    assert [path.name for path in tmp_path.iterdir()] == ["prose.txt"]
+
+
+@pytest.mark.parametrize(
+    ("source", "to", "expected"),
+    [
+        ("nowhere", "gpt2", "nowhere"),
+        ("empty", "gpt2", "empty"),
+        ("CHECKPOINT", "full", "full is not empty: give a new folder"),
+    ],
+)
+def test_a_mistake_in_converting_is_one_line(unbroken_run, tmp_path, monkeypatch, capsys, source, to, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    source = source.replace("CHECKPOINT", str(unbroken_run / "latest"))
+    assert convert.main([source, to, "--to", "gpt2"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and expected in line
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "empty",
+        "full",
+        "full/mine.txt",
+    ]
