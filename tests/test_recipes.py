@@ -1,11 +1,26 @@
 """Every recipe and launcher configuration that the project ships can be used as it is."""
 
-import pytest
-import yaml
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
-from gpt2repro.cli import parse_recipe
-from tests.conftest import ROOT
+import pytest
+import torch
+import yaml
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.checks import model_shape
+from gpt2repro.cli import parse_recipe
+from gpt2repro.training.arguments import Recipe
+from gpt2repro.training.metrics import PEAK_FLOPS, flops_per_token
+from modeling_gpt2repro import GPT2ReproForCausalLM
+from tests.conftest import ROOT, train_rows
 from train_accelerate import DEFAULT_RECIPE
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -41,3 +56,163 @@ def test_accelerate_reads_a_launcher_configuration(path):
 
     config = load_config_from_file(str(path))
     assert config.num_processes == yaml.safe_load(path.read_text())["num_processes"]
+
+
+# ---- the numbers in the headers ------------------------------------------------------------------------------
+
+
+def number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def header_and_costs(path: Path) -> tuple[str, Recipe, dict[str, float]]:
+    """A recipe's comment lines joined, the recipe, and what the code says of it."""
+    header = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    recipe = parse_recipe(["--recipe", str(path)], default=DEFAULT_RECIPE)
+    trained = (recipe.tokenizer or "").startswith("train:")
+    vocab_size = int(recipe.tokenizer.removeprefix("train:")) if trained else 50257
+    config = GPT2ReproConfig(**model_shape(recipe), vocab_size=vocab_size)
+    with torch.device("meta"):
+        n_parameters = GPT2ReproForCausalLM(config).num_parameters()
+    per_token = flops_per_token(
+        n_parameters=n_parameters, n_positions=config.n_positions, n_layer=config.n_layer, n_embd=config.n_embd,
+        seq_len=recipe.seq_len,
+    )  # fmt: skip
+    tokens = recipe.max_steps * recipe.global_batch_tokens
+    costs = {"parameters": n_parameters, "per_token": per_token, "tokens": tokens, "flops": per_token * tokens}
+    return header, recipe, costs
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_parameters_tokens_and_flops_in_a_header_follow_from_the_code(path):
+    header, recipe, costs = header_and_costs(path)
+    assert number(re.search(r"Parameters: ([\d,]+)\.", header)[1]) == costs["parameters"]
+    tokens = re.search(r"Tokens: ([\d,]+) \* ([\d,]+) = ([\d,]+)\.", header)
+    assert [number(part) for part in tokens.groups()] == [
+        recipe.max_steps, recipe.global_batch_tokens, costs["tokens"],
+    ]  # fmt: skip
+    flops = re.search(r"FLOPs: ([\d,]+) a token \(PaLM's count\), ([\d.e+]+)\.", header)
+    assert (number(flops[1]), flops[2]) == (costs["per_token"], f"{costs['flops']:.2e}")
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem.startswith("gpt2-")], ids=lambda path: path.stem)
+def test_hours_in_a_header_follow_from_its_mfu_and_the_mfu_from_the_speed_it_cites(path):
+    header, recipe, costs = header_and_costs(path)
+    cards = re.findall(r"(A100|H100): ([\d.]+) % MFU \((.*?)\); ([\d.]+) hours on 1, ([\d.]+) on 8", header)
+    assert [card for card, *_ in cards] == ["A100", "H100"]
+    for card, mfu, source, on_1, on_8 in cards:
+        hours = costs["flops"] / (float(mfu) / 100 * PEAK_FLOPS[card]) / 3600
+        assert (on_1, on_8) == (f"{hours:.1f}", f"{hours / 8:.1f}")
+        if speed := re.search(r"([\d.]+)k tokens/s a card", source):
+            tokens_per_second = 1000 * float(speed[1])
+        elif step := re.search(r"([\d.]+) (ms|s) a step on 8", source):
+            tokens_per_second = recipe.global_batch_tokens / 8 / (float(step[1]) * {"ms": 1e-3, "s": 1}[step[2]])
+        else:
+            assert source in ("taken from llm.c's 124M", "taken from llm.c's 774M")
+            assert mfu == {"124M": "40.5", "774M": "64.3"}[source[-4:]]
+            continue
+        assert mfu == f"{100 * tokens_per_second * costs['per_token'] / PEAK_FLOPS[card]:.1f}"
+
+
+def test_muons_own_matmuls_cost_what_its_recipe_says():
+    header, recipe, costs = header_and_costs(ROOT / "recipes" / "gpt2-124m-muon.yaml")
+    C, n_layer = 768, 12
+    flops = 0
+    for n, m in ((C, 3 * C), (C, C), (C, 4 * C), (C, 4 * C)):  # X X^T, its square, and that times X, five times
+        flops += n_layer * 5 * (2 * n * n * m + 2 * n**3 + 2 * n * n * m)
+    own = re.search(r"([\d.e+]+) FLOPs a step on every card.*: ([\d.]+) % on 1, ([\d.]+) % on 8", header)
+    share = flops / (costs["per_token"] * recipe.global_batch_tokens)
+    assert own.groups() == (f"{flops:.2e}", f"{100 * share:.1f}", f"{100 * share * 8:.1f}")
+
+
+@pytest.mark.parametrize(
+    ("stem", "rate", "batch_tokens"),  # table 2.1 of the GPT-3 paper: 125M, 350M, 760M, 1.3B
+    [("gpt2-124m-10b", 6e-4, 2**19), ("gpt2-124m-40b", 6e-4, 2**19), ("gpt2-350m", 3e-4, 2**19),
+     ("gpt2-774m", 2.5e-4, 2**19), ("gpt2-1558m", 2e-4, 2**20)],
+)  # fmt: skip
+def test_rate_batch_and_warmup_are_the_gpt3_papers(stem, rate, batch_tokens):
+    recipe = parse_recipe(["--recipe", str(ROOT / "recipes" / f"{stem}.yaml")], default=DEFAULT_RECIPE)
+    assert (recipe.learning_rate, recipe.global_batch_tokens) == (rate, batch_tokens)
+    assert recipe.warmup_steps == 375_000_000 // batch_tokens
+    assert recipe.min_lr_ratio == 0.1
+
+
+# ---- every recipe starts -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def started(tiny_dataset, tmp_path_factory) -> Path:
+    """A folder with two steps of every recipe, at a size that takes no time, all in one process."""
+    folder = tmp_path_factory.mktemp("recipes")
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32}
+    GPT2LMHeadModel(GPT2Config(**shape, vocab_size=512)).save_pretrained(folder / "stock")
+    small = {**shape, "seq_len": 32, "global_batch_tokens": 128, "micro_batch_size": 2, "max_steps": 2,
+             "warmup_steps": 1, "eval_tokens": 256, "sample_tokens": 2, "dataset_dir": tiny_dataset, "source": "null",
+             "tokenizer": "null", "mixed_precision": "no"}  # fmt: skip
+    flags = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    commands = []
+    for path in RECIPES:
+        command = ["--recipe", str(path), *flags, "--output_dir", str(folder / path.stem), "--eval_tasks", "--files"]
+        command += ["--init_from", str(folder / "stock")] if path.stem == "shakespeare-finetune" else []
+        commands.append(command)
+    code = f"import train_accelerate\nassert [train_accelerate.main(c) for c in {commands!r}] == [0] * {len(commands)}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_trains_two_steps_at_a_reduced_size(path, started):
+    recipe = parse_recipe(["--recipe", str(path)], default=DEFAULT_RECIPE)
+    rows = train_rows(started / path.stem)
+    assert rows.keys() == {1, 2}
+    assert rows[1]["lr"] == recipe.learning_rate
+    assert (started / path.stem / "latest" / "model.safetensors").is_file()
+    assert set(train_rows(started / path.stem, "val")) == {0, 2}
+
+
+# ---- the restart loop ----------------------------------------------------------------------------------------
+
+RUN = ROOT / "recipes" / "run.sh"
+
+
+def run_until_done(tmp_path: Path, codes: list[int]) -> tuple[int, int]:
+    """The exit code of run.sh over a command that ends with one of `codes` after the other; how often it started."""
+    script = tmp_path / "command.sh"
+    script.write_text(
+        f"codes=({' '.join(map(str, codes))})\ncount=$(cat {tmp_path}/count 2>/dev/null || echo 0)\n"
+        f'echo $((count + 1)) > {tmp_path}/count\nexit "${{codes[$count]}}"\n'
+    )
+    done = subprocess.run([RUN, "bash", str(script)], capture_output=True, text=True, timeout=60)
+    return done.returncode, int((tmp_path / "count").read_text())
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [([0], (0, 1)), ([75, 1, 0], (0, 3)), ([2, 0], (2, 1)), ([1, 1, 1, 0], (1, 3)), ([75, 75, 75, 75, 0], (0, 5))],
+)
+def test_the_loop_starts_a_run_again_until_it_is_done_or_fails_at_once(tmp_path, codes, expected):
+    assert run_until_done(tmp_path, codes) == expected
+
+
+def test_the_loop_passes_a_signal_on_and_does_not_start_again(tmp_path):
+    started = tmp_path / "started"
+    command = f"trap 'exit 75' TERM; echo x >> {started}; for _ in $(seq 200); do sleep 0.1; done"
+    process = subprocess.Popen([RUN, "bash", "-c", command])
+    while not started.exists():
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+    assert started.read_text() == "x\n"
+
+
+def test_shellcheck_finds_nothing():
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not shellcheck:
+        pytest.skip("shellcheck is not installed")
+    scripts = [str(path) for folder in ("recipes", "benchmarks") for path in (ROOT / folder).rglob("*.sh")]
+    subprocess.run([shellcheck, *scripts], check=True)
