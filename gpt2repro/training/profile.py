@@ -1,6 +1,6 @@
 """Where the time of a few steps goes: a trace for chrome://tracing or ui.perfetto.dev, and the ten costliest kernels.
 
-accelerate launch train_accelerate.py --recipe R.yaml --profile_steps 3      # writes output_dir/profile.json
+    accelerate launch train_accelerate.py --recipe R.yaml --profile_steps 3      # writes output_dir/profile.json
 """
 
 import math

@@ -134,6 +134,24 @@ def test_the_chunked_loss_never_holds_the_logits_of_all_tokens(model):
     assert largest["chunked"] == max(512 * 5120, 5120 * SHAPE["n_embd"])
 
 
+def test_a_compiled_step_with_the_chunked_loss_keeps_no_logits_for_the_backward(model):
+    inputs, targets = batch()
+    largest = {}
+    for form in ("plain", "chunked"):
+        torch.compiler.reset()
+        compiled, kept = torch.compile(model, fullgraph=True, dynamic=False), []
+
+        def keep(tensor, kept=kept):
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            compiled(inputs, shift_labels=targets, use_cache=False, skip_logits=True, loss_impl=form)
+        largest[form] = max(kept)
+    assert largest["plain"] == BATCH[0] * BATCH[1] * 5120
+    assert largest["chunked"] == SHAPE["vocab_size"] * SHAPE["n_embd"]
+
+
 def test_without_gradients_the_chunked_loss_computes_none(model, plain):
     inputs, targets = batch()
     with torch.no_grad(), Watch() as watch:
