@@ -1,0 +1,354 @@
+"""What would go wrong in a run, before it does: a line for each check, with what was found and what was expected.
+
+    python -m eval.doctor recipes/gpt2-124m-10b.yaml [--processes 8] [--dollars-per-hour 2.5] [--FIELD VALUE …]
+
+Reads the prepared dataset, builds the model, takes a few steps on one device, and saves and loads a checkpoint in a
+temporary folder beside `output_dir`; nothing of it stays. Exit codes: 0 every check passed, 1 one did not, or there
+was an error that is explained, 2 wrong usage.
+"""
+
+import argparse
+import math
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers.utils import logging as transformers_logging
+
+from eval.loading import run_command
+from gpt2repro.checks import check_dataset, check_init_from, check_recipe, model_config
+from gpt2repro.cli import UsageError, parse_recipe
+from gpt2repro.data.loader import TrainLoader
+from gpt2repro.data.order import WindowOrder
+from gpt2repro.data.shards import Dataset, load_tokenizer, open_dataset, tokenizer_sha256
+from gpt2repro.hub.convert import load_as_gpt2repro
+from gpt2repro.training.arguments import Recipe
+from gpt2repro.training.checkpoints import load_checkpoint, save_checkpoint
+from gpt2repro.training.launch import compile_wanted, loss_form, start_accelerator
+from gpt2repro.training.memory import USABLE, device_memory_bytes, memory_estimate
+from gpt2repro.training.metrics import flops_per_token, peak_flops
+from gpt2repro.training.optimizer import make_optimizer
+from gpt2repro.training.schedule import lr_at
+from modeling_gpt2repro import GPT2ReproForCausalLM
+
+# GPT-3 paper, table 2.1: parameters and learning rate.
+GPT3_RATES = ((125e6, 6e-4), (350e6, 3e-4), (760e6, 2.5e-4), (1.3e9, 2e-4), (2.7e9, 1.6e-4), (6.7e9, 1.2e-4),
+              (13e9, 1e-4), (175e9, 0.6e-4))  # fmt: skip
+OVERFIT_STEPS = 100
+STATE_BYTES = 12  # a parameter's in a checkpoint: fp32 weight and two moments (Muon keeps one)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report."""
+
+    name: str
+    passed: bool
+    value: str
+    expected: str
+
+    def __str__(self) -> str:
+        return f"{'PASS' if self.passed else 'FAIL'}  {self.name:<18} {self.value}  (expected: {self.expected})"
+
+
+# ---- the data ----------------------------------------------------------------------------------------------
+
+
+def check_tokenizer(recipe: Recipe, dataset: Dataset) -> Check:
+    """The tokenizer beside the tokens, and the recipe's where it can be compared, are the one that made them."""
+    found = tokenizer_sha256(load_tokenizer(str(dataset.tokenizer)))
+    passed, value = found == dataset.tokenizer_sha256, f"sha256 {found[:12]}"
+    try:
+        check_dataset(recipe, dataset)
+    except ValueError as error:
+        passed, value = False, str(error)
+    return Check("tokenizer", passed, value, f"sha256 {dataset.tokenizer_sha256[:12]}")
+
+
+def check_shards(dataset: Dataset) -> Check:
+    """Shards and tokenizer have the sha256 that was recorded of them; foreign formats record none."""
+    try:
+        damaged = dataset.verify()
+    except ValueError as error:
+        return Check("dataset hashes", True, f"not compared: {error}", "recorded sha256")
+    return Check("dataset hashes", not damaged, "; ".join(damaged) or "all as recorded", "recorded sha256")
+
+
+def check_shuffled(order: WindowOrder) -> Check:
+    """Windows that are trained after one another do not follow one another in the text."""
+    starts = order.starts(0, min(order.windows_per_epoch, 4096))
+    following = np.mean(np.diff(starts) == order.seq_len) if len(starts) > 1 else 0.0
+    return Check("shuffling", bool(following < 0.1), f"{following:.1%} of windows follow the one before", "below 10 %")
+
+
+# ---- the model ---------------------------------------------------------------------------------------------
+
+
+def check_init(model: GPT2ReproForCausalLM, *, residual: bool) -> Check:
+    """The measured spread of the initial matrices: 0.02, of residual projections 0.02 / sqrt(2 * n_layer)."""
+    std = model.config.initializer_range / (math.sqrt(2 * model.config.n_layer) if residual else 1)
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and residual == ("c_proj" in name)]
+    found = torch.cat([p.detach().flatten() for p in matrices]).std().item()
+    name = "residual init std" if residual else "init std"
+    return Check(name, abs(found / std - 1) < 0.05, f"{found:.5f}", f"{std:.5f} within 5 %")
+
+
+def check_tied(model: GPT2ReproForCausalLM) -> Check:
+    tied = model.lm_head.weight is model.transformer.wte.weight
+    return Check("tied head", tied, "one tensor" if tied else "two tensors", "the head is the token embedding")
+
+
+def check_initial_loss(loss: float, *, vocab_size: int, n_embd: int, init_from: str | None = None) -> Check:
+    """ln(vocab_size), plus half the variance n_embd * 0.02^2 that random logits have (log-normal mean)."""
+    uniform = math.log(vocab_size)
+    low, high = (0.0, uniform) if init_from else (uniform - 0.1, uniform + n_embd * 0.02**2 / 2 + 0.2)
+    expected = f"{low:.2f} to {high:.2f}; ln({vocab_size}) is {uniform:.2f}"
+    return Check("initial loss", low <= loss <= high, f"{loss:.4f}", expected)
+
+
+def check_gradient_norm(norm: float) -> Check:
+    return Check("gradient norm", 0.05 <= norm <= 100, f"{norm:.3f}", "0.05 to 100")
+
+
+@torch.no_grad()
+def check_labels(model: GPT2ReproForCausalLM, input_ids: torch.Tensor, targets: torch.Tensor) -> Check:
+    """Targets (B, T) are the inputs shifted by one, and the model does not shift them again.
+
+    The loss is compared at the first position alone: over all of them a fresh model's is ln(vocab_size) for any
+    targets, and shifted again, the first would be gone.
+    """
+    T = input_ids.shape[1]
+    shifts = [k for k in range(min(4, T)) if torch.equal(targets[:, : T - k], input_ids[:, k:])]
+    logits = model(input_ids[:, :1], use_cache=False).logits[:, 0]  # (B, V)
+    by_hand = F.cross_entropy(logits.float(), targets[:, 0]).item()
+    first = targets.masked_fill(torch.arange(T, device=targets.device) > 0, -100)
+    own = model(input_ids, shift_labels=first, use_cache=False, skip_logits=True).loss.item()
+    value = f"shifted by {shifts[0] if shifts else 'something else'}, loss {own - by_hand:+.4f} from one by hand"
+    return Check("labels", shifts[:1] == [1] and abs(own - by_hand) < 0.01, value, "shifted by 1, within 0.01")
+
+
+def check_overfit(model: GPT2ReproForCausalLM, optimizer: torch.optim.Optimizer, batch: tuple) -> Check:
+    """The loss on one small batch falls to a tenth; trains `model`."""
+    input_ids, targets = (part[:4, :32].contiguous() for part in batch)
+    model.eval()  # without dropout
+    first = loss = math.nan
+    for step in range(OVERFIT_STEPS + 1):
+        output = model(input_ids, shift_labels=targets, use_cache=False, skip_logits=True).loss
+        loss = output.item()
+        first = loss if step == 0 else first
+        if not math.isfinite(loss) or loss < 0.1 * first:
+            break
+        output.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    value = f"{first:.2f} -> {loss:.2f} in {step} steps"
+    return Check("overfit one batch", loss < 0.1 * first, value, f"a tenth within {OVERFIT_STEPS} steps")
+
+
+# ---- the recipe --------------------------------------------------------------------------------------------
+
+
+def known_rate(n_parameters: int) -> float:
+    """The GPT-3 paper's learning rate for a size: its table between the sizes, its trend (N^-0.32) below them."""
+    sizes, rates = np.log(np.array(GPT3_RATES)).T
+    log_n = math.log(n_parameters)
+    below = max(0.0, sizes[0] - log_n)
+    return math.exp(float(np.interp(log_n, sizes, rates)) + 0.32 * below)
+
+
+def check_learning_rate(recipe: Recipe, n_parameters: int) -> Check:
+    peak, known = max(recipe.learning_rate, recipe.muon_learning_rate or 0.0), known_rate(n_parameters)
+    low, high = 0.0 if recipe.init_from else known / 10, known * 5
+    expected = f"{low:.2g} to {high:.2g}; GPT-3's rate for {n_parameters:,} parameters is {known:.2g}"
+    return Check("learning rate", low <= peak <= high, f"{peak:.2g}", expected)
+
+
+def check_warmup(recipe: Recipe) -> Check:
+    share = lr_at(0, recipe) / recipe.learning_rate
+    most = 0.5 if recipe.init_from else 0.1
+    return Check("warm-up", share <= most, f"the first step has {share:.1%} of the peak", f"at most {most:.0%}")
+
+
+# ---- the machine -------------------------------------------------------------------------------------------
+
+
+def check_disk(recipe: Recipe, n_parameters: int, *, free_bytes: int) -> Check:
+    """Room for every checkpoint that the run keeps, and one more while it is written."""
+    saves = math.ceil(recipe.max_steps / recipe.save_every)
+    kept = min(saves, recipe.keep_last) if recipe.keep_last else saves
+    if recipe.keep_last and recipe.keep_every:
+        kept += recipe.max_steps // recipe.keep_every
+    need = (kept + 1) * STATE_BYTES * n_parameters
+    value = f"{free_bytes / 1e9:.1f} GB free"
+    return Check("disk", need <= free_bytes, value, f"{need / 1e9:.1f} GB for {kept + 1} checkpoints")
+
+
+def check_memory(parts: dict[str, int], *, memory_bytes: int) -> Check:
+    need, usable = sum(parts.values()), USABLE * memory_bytes
+    value = f"about {need / 1e9:.1f} GB for micro batches of this size"
+    return Check("memory", need <= usable, value, f"at most {usable / 1e9:.1f} GB")
+
+
+def check_speed(
+    recipe: Recipe, tokens_per_second: float, *, processes: int, mfu: float | None, dollars: float | None
+) -> Check:
+    """Tokens a second of one process, and what the run takes with `processes` of them by arithmetic."""
+    hours = recipe.max_steps * recipe.global_batch_tokens / (tokens_per_second * processes) / 3600
+    value = f"{tokens_per_second:,.0f} tokens/s, {hours:,.2f} hours on {processes}"
+    if dollars is not None:
+        value += f", {hours * processes * dollars:,.2f} dollars"
+    if mfu is None:
+        return Check("speed", tokens_per_second > 0, value, "no band: the device's peak is not known")
+    return Check("speed", mfu >= 0.2, f"{value}, {mfu:.1%} MFU", "MFU of 20 % and more")
+
+
+def check_rehearsal(
+    recipe: Recipe, model: GPT2ReproForCausalLM, optimizer: torch.optim.Optimizer, *, folder: Path, **saving
+) -> Check:
+    """A checkpoint that is saved and loaded into another model and optimizer gives back every bit of both."""
+    state = {"tokens": 0, "dataset_fingerprint": ""}
+    path = save_checkpoint(folder, 1, model=model, optimizer=optimizer, state=state, keep_last=1, **saving)
+    torch.manual_seed(recipe.seed + 1)
+    other = GPT2ReproForCausalLM(model.config).to(model.device)
+    restored = make_optimizer(other, recipe)
+    load_checkpoint(path, model=other, optimizer=restored)
+    pairs = list(zip(model.parameters(), other.parameters(), strict=True))
+    pairs += [(optimizer.state[a][key], restored.state[b][key]) for a, b in pairs for key in optimizer.state[a]]
+    differing = sum(not torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    value = f"{differing} of {len(pairs)} tensors differ, {size / 1e9:.2f} GB"
+    return Check("save and resume", not differing, value, "the same bits")
+
+
+# ---- all of them -------------------------------------------------------------------------------------------
+
+
+def examine(recipe: Recipe, *, processes: int = 1, dollars_per_hour: float | None = None) -> Iterator[Check]:
+    """Every check of a recipe on this machine, the cheap ones first.
+
+    Raises:
+        ValueError: the recipe or the dataset cannot be used at all.
+    """
+    check_recipe(recipe, world_size=processes)
+    dataset = open_dataset(list(recipe.dataset_dir), format=recipe.dataset_format, tokenizer=recipe.tokenizer)
+    config, stream = model_config(recipe, dataset), dataset.split("train")
+    order = WindowOrder(stream.tokens, recipe.seq_len, seed=recipe.seed, shuffle=recipe.shuffle)
+    yield check_tokenizer(recipe, dataset)
+    yield check_shuffled(order)
+    yield check_warmup(recipe)
+
+    accelerator = start_accelerator(recipe)
+    device, chunked = accelerator.device, loss_form(recipe, accelerator.device) == "chunked"
+    torch.manual_seed(recipe.seed)
+    if recipe.init_from:
+        model = load_as_gpt2repro(recipe.init_from, vocab_size=config.vocab_size)
+    else:
+        model = GPT2ReproForCausalLM(config)
+    check_init_from(recipe, model.config, config)
+    model.set_attn_implementation(recipe.attn_implementation)
+    model.eval().to(device)
+    n_parameters = model.num_parameters()
+    yield check_learning_rate(recipe, n_parameters)
+    if not recipe.init_from:
+        yield check_init(model, residual=False)
+        yield check_init(model, residual=True)
+    yield check_tied(model)
+    place = next(folder for folder in (Path(recipe.output_dir).absolute(), *Path(recipe.output_dir).absolute().parents)
+                 if folder.is_dir())  # fmt: skip
+    yield check_disk(recipe, n_parameters, free_bytes=shutil.disk_usage(place).free)
+    parts = memory_estimate(
+        n_parameters=n_parameters, n_layer=config.n_layer, n_embd=config.n_embd, vocab_size=config.vocab_size,
+        tokens=recipe.micro_batch_size * recipe.seq_len, bf16=accelerator.mixed_precision == "bf16",
+        gradient_checkpointing=recipe.gradient_checkpointing, chunked_loss=chunked,
+    )  # fmt: skip
+    yield check_memory(parts, memory_bytes=device_memory_bytes(device))
+    yield check_shards(dataset)
+
+    loader = TrainLoader(
+        stream, order, sequences_per_step=recipe.global_batch_tokens // recipe.seq_len,
+        micro_batch_size=recipe.micro_batch_size, vocab_size=config.vocab_size, device=device,
+    )  # fmt: skip
+    batches = loader.batches(0)
+    batch = next(batches)
+    batches.close()
+    few = tuple(part[:4] for part in batch)
+    yield check_labels(model, *few)
+    loss = model(few[0], shift_labels=few[1], use_cache=False, skip_logits=True).loss
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+    model.zero_grad()
+    yield check_initial_loss(
+        loss.item(), vocab_size=config.vocab_size, n_embd=config.n_embd, init_from=recipe.init_from
+    )
+    yield check_gradient_norm(norm)
+
+    tuned = replace(recipe, learning_rate=known_rate(n_parameters), muon_learning_rate=None)
+    optimizer = make_optimizer(model, tuned)
+    yield check_overfit(model, optimizer, batch)
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=place) as folder:
+        tokenizer = load_tokenizer(str(dataset.tokenizer))
+        yield check_rehearsal(
+            tuned, model, optimizer, folder=Path(folder), tokenizer=tokenizer, accelerator=accelerator
+        )
+    del optimizer
+
+    speed = measure_speed(recipe, model, batch, accelerator=accelerator)
+    flops = flops_per_token(
+        n_parameters=n_parameters, n_positions=config.n_positions, n_layer=config.n_layer, n_embd=config.n_embd,
+        seq_len=recipe.seq_len,
+    )  # fmt: skip
+    peak = peak_flops(device)
+    yield check_speed(
+        recipe, speed, processes=processes, mfu=speed * flops / peak if peak else None, dollars=dollars_per_hour
+    )
+
+
+def measure_speed(recipe: Recipe, model: GPT2ReproForCausalLM, batch: tuple, *, accelerator) -> float:
+    """Tokens a second of forward and backward over whole micro batches, compiled where the run would be."""
+    model.train()
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if compile_wanted(recipe, accelerator.device):
+        model.compile(fullgraph=True, dynamic=False, mode=recipe.compile_mode)
+    input_ids, targets = batch
+    warm, timed = (3, 10) if accelerator.device.type == "cuda" else (1, 2)
+    asked = {"use_cache": False, "skip_logits": True, "loss_impl": loss_form(recipe, accelerator.device)}
+    for step in range(warm + timed):
+        if step == warm:
+            began = time.perf_counter()
+        with accelerator.autocast():
+            loss = model(input_ids, shift_labels=targets, **asked).loss
+        loss.backward()
+        loss.item()  # waits for the device, as the loop does once a step
+    return timed * input_ids.numel() / (time.perf_counter() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="the recipe's YAML; every field of it is also a flag")
+    parser.add_argument("--processes", type=int, default=1, help="how many will train (default: 1)")
+    parser.add_argument("--dollars-per-hour", type=float, help="price of one process's device")
+    arguments, fields = parser.parse_known_args()
+    try:
+        recipe = parse_recipe(["--recipe", arguments.recipe, *fields], default=arguments.recipe)
+    except UsageError as error:
+        parser.error(str(error))
+    transformers_logging.disable_progress_bar()
+    failed = 0
+    for check in examine(recipe, processes=arguments.processes, dollars_per_hour=arguments.dollars_per_hour):
+        print(check, flush=True)
+        failed += not check.passed
+    print(f"{failed} checks failed" if failed else "every check passed")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,157 @@
+"""A grid of runs: one field after another, several seeds, a table and a picture of what came out.
+
+    python -m gpt2repro.training.sweep recipes/demo.yaml --set learning_rate=1e-3,2e-3,4e-3 --seeds 3 --output runs/lr
+
+Every run is a process of train_accelerate.py of its own with its own folder, OUTPUT/FIELD=VALUE,…/seed-N. The same
+command again goes on: finished runs are passed over, broken ones resume. Of a setting whose run fails the other seeds
+are left out, and the sweep goes on with the next. Afterwards OUTPUT holds sweep.json and sweep.png. Other flags are
+fields of the recipe, the same for all runs.
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from gpt2repro.cli import parse_recipe
+from gpt2repro.training.arguments import DEFINING_FIELDS, Recipe
+from gpt2repro.training.checkpoints import find_checkpoint
+from gpt2repro.training.guards import STOPPED_BY_SIGNAL
+from gpt2repro.training.metrics import read_metrics
+
+SCRIPT = Path(__file__).resolve().parents[2] / "train_accelerate.py"
+
+
+def grid(settings: list[str]) -> list[dict[str, str]]:
+    """["lr=1,2", "b=3"] -> [{"lr": "1", "b": "3"}, {"lr": "2", "b": "3"}]; ValueError for what is no FIELD=VALUES."""
+    axes = []
+    for setting in settings:
+        name, _, values = setting.partition("=")
+        if not name or not all(values.split(",")):
+            raise ValueError(f"--set {setting}: give FIELD=VALUE,VALUE,…")
+        axes.append([(name.replace("-", "_"), value) for value in values.split(",")])
+    return [dict(point) for point in itertools.product(*axes)]
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Whether `output_dir` holds the last step of this very recipe; another's is left for the script to refuse."""
+    newest, saved = find_checkpoint(Path(recipe.output_dir), "auto"), Path(recipe.output_dir) / "recipe.yaml"
+    if newest is None or not saved.is_file() or int(newest.name.removeprefix("step-")) < recipe.max_steps:
+        return False
+    before = parse_recipe(["--recipe", str(saved)], default=saved)
+    return all(getattr(before, name) == getattr(recipe, name) for name in (*DEFINING_FIELDS, "dataset_dir"))
+
+
+def run(argv: list[str], recipe: Recipe) -> bool:
+    """Start or go on with a run, unless it is finished; its output goes to OUTPUT_DIR.log. Whether it is done.
+
+    Raises:
+        KeyboardInterrupt: it was stopped by a signal.
+    """
+    if is_finished(recipe):
+        return True
+    log = Path(f"{recipe.output_dir}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        # Not subprocess.run, which would kill a run that saves its last step after Ctrl-C.
+        process = subprocess.Popen([sys.executable, str(SCRIPT), *argv], stdout=output, stderr=output)
+        code = process.wait()
+    if code in (STOPPED_BY_SIGNAL, 130):
+        raise KeyboardInterrupt
+    return code == 0
+
+
+def summarise(setting: dict[str, str], folders: list[Path]) -> dict[str, Any]:
+    """The final validation losses of a setting's finished runs: each, their mean and their standard deviation."""
+    curves = [[(row["tokens"], row["loss"]) for row in read_metrics(folder / "metrics.jsonl")
+               if row["kind"] == "val" and row["loss"] is not None] for folder in folders]  # fmt: skip
+    losses = [curve[-1][1] for curve in curves if curve]
+    return {
+        "setting": setting,
+        "runs": [str(folder) for folder in folders],
+        "losses": losses,
+        "mean": fmean(losses) if losses else None,
+        "std": stdev(losses) if len(losses) > 1 else None,
+        "curves": curves,
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The settings, best first, as lines of a Markdown table."""
+    names = list(results[0]["setting"])
+    lines = [[*names, "final validation loss", "standard deviation", "seeds"], ["---"] * (len(names) + 3)]
+    for result in sorted(results, key=lambda result: (result["mean"] is None, result["mean"])):
+        mean, std = (f"{result[key]:.4f}" if result[key] is not None else "–" for key in ("mean", "std"))
+        lines.append([*result["setting"].values(), mean, std, str(len(result["losses"]))])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def draw(results: list[dict[str, Any]], png: Path) -> None:
+    """Validation loss over tokens: a colour a setting, a thin line a seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    for index, result in enumerate(results):
+        name = ", ".join(f"{field} {value}" for field, value in result["setting"].items())
+        for seed, curve in enumerate(result["curves"]):
+            tokens, losses = zip(*curve[1:], strict=True) if len(curve) > 1 else ((), ())  # without step 0
+            label = None if seed else name
+            panel.plot(tokens, losses, color=f"C{index}", linewidth=1, marker="o", markersize=2, label=label)
+    panel.set(xlabel="tokens", ylabel="validation loss, nats per token")
+    panel.grid(alpha=0.25)
+    panel.legend(frameon=False, fontsize=8)
+    figure.savefig(png)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="the recipe's YAML; every field of it is also a flag")
+    parser.add_argument("--set", action="append", required=True, metavar="FIELD=VALUES", help="values by commas")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each setting, from the recipe's seed on")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of all runs")
+    arguments, fields = parser.parse_known_args()
+    results, failed = [], 0
+    try:
+        base = ["--recipe", arguments.recipe, *fields]
+        seed = parse_recipe(base, default=arguments.recipe).seed
+        plan = []
+        for setting in grid(arguments.set):  # all of it is read before anything starts
+            folder = Path(arguments.output) / ",".join(f"{name}={value}" for name, value in setting.items())
+            for number in range(seed, seed + arguments.seeds):
+                own = {**setting, "seed": str(number), "output_dir": str(folder / f"seed-{number}")}
+                argv = base + [word for name, value in own.items() for word in (f"--{name}", value)]
+                plan.append((setting, argv, parse_recipe(argv, default=arguments.recipe)))
+    except ValueError as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    for setting, group in itertools.groupby(plan, key=lambda item: item[0]):
+        folders = []
+        for _, argv, recipe in group:
+            if not run(argv, recipe):
+                print(f"error: {recipe.output_dir} failed, see {recipe.output_dir}.log", file=sys.stderr)
+                failed += 1
+                break
+            folders.append(Path(recipe.output_dir))
+            losses = summarise(setting, folders)["losses"]
+            print(f"{recipe.output_dir}: {f'{losses[-1]:.4f}' if losses else 'no validation'}", flush=True)
+        results.append(summarise(setting, folders))
+    output = Path(arguments.output)
+    (output / "sweep.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    draw(results, output / "sweep.png")
+    print(f"\n{table(results)}\n\n{output / 'sweep.json'}, {output / 'sweep.png'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
