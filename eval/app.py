@@ -67,7 +67,7 @@ def page(model, tokenizer, title: str):
         raise ValueError("the package gradio is missing: pip install gradio") from None
 
     def write(prompt, temperature, top_k, length, seed):
-        settings = {"temperature": temperature, "top_k": int(top_k), "length": int(length), "seed": int(seed)}
+        settings = {"temperature": temperature, "top_k": int(top_k), "length": int(length), "seed": int(seed or 0)}
         try:
             yield from complete(model, tokenizer, prompt, **settings)
         except ValueError as error:
@@ -87,7 +87,7 @@ def page(model, tokenizer, title: str):
                 temperature = gr.Slider(0, 2, value=0.8, step=0.05, label="Temperature", info="0: the likeliest token")
                 top_k = gr.Slider(0, 200, value=50, step=1, label="Top-k", info="0: the whole vocabulary")
                 length = gr.Slider(1, longest, value=min(100, longest // 2), step=1, label="Length", info="new tokens")
-                seed = gr.Number(value=42, precision=0, label="Seed")
+                seed = gr.Number(value=42, precision=0, minimum=0, maximum=2**32 - 1, label="Seed")
         event = gr.on(
             [start.click, prompt.submit],
             write,
@@ -106,9 +106,12 @@ def main() -> None:
     arguments = parser.parse_args()
     model, tokenizer = load_model(arguments.model)
     blocks = page(model, tokenizer, "/".join(Path(arguments.model).parts[-2:]))
-    _, url, _ = blocks.launch(
-        server_name="127.0.0.1", server_port=arguments.port, footer_links=[], quiet=True, prevent_thread_lock=True
-    )
+    try:
+        _, url, _ = blocks.launch(
+            server_name="127.0.0.1", server_port=arguments.port, footer_links=[], quiet=True, prevent_thread_lock=True
+        )
+    except (OSError, OverflowError):
+        raise ValueError(f"port {arguments.port} of 127.0.0.1 is not free: give another one with --port") from None
     print(f"{url} (Ctrl-C ends)", flush=True)
     blocks.block_thread()
 

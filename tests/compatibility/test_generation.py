@@ -1,5 +1,7 @@
 """`generate` beside stock GPT-2 with the same weights (greedy, static cache and left padding: tests/test_model.py)."""
 
+import copy
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -53,6 +55,21 @@ def test_generation_goes_on_from_a_cache_and_starts_from_embeddings(pair, ids):
     assert torch.equal(ended.sequences, expected)
     embedded = ours.generate(inputs_embeds=ours.get_input_embeddings()(ids), max_new_tokens=16, **settings)
     assert torch.equal(embedded.sequences, expected[:, ids.shape[1] :])
+
+
+def test_scores_hidden_states_and_attentions_of_a_generation_are_those_of_stock_gpt2(pair, ours, ids):
+    outputs = []
+    for model in (copy.deepcopy(pair[0]), ours):
+        model.set_attn_implementation("eager")  # the one that has attention weights to show
+        outputs.append(
+            generate(
+                model, ids, do_sample=False, return_dict_in_generate=True, output_scores=True, output_logits=True,
+                output_hidden_states=True, output_attentions=True,
+            )
+        )  # fmt: skip
+    stock, own = outputs
+    for field in ("sequences", "scores", "logits", "hidden_states", "attentions"):
+        torch.testing.assert_close(own[field], stock[field], atol=2e-5, rtol=1e-5)
 
 
 def test_a_model_compiled_in_place_still_generates(pair, ours, ids):

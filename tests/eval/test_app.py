@@ -12,7 +12,8 @@ from itertools import pairwise
 import pytest
 
 from configuration_gpt2repro import GPT2ReproConfig
-from eval.app import complete
+from eval.app import complete, main
+from eval.loading import run_command
 from eval.sample import sample
 from modeling_gpt2repro import GPT2ReproForCausalLM
 from tests.conftest import ROOT
@@ -67,6 +68,19 @@ def test_closing_the_iterator_stops_the_model(tiny_model, bpe):
 def test_a_text_that_does_not_fit_is_an_error_and_not_a_wait(tiny_model, bpe):
     with pytest.raises(ValueError, match="2 tokens and 63 new ones do not fit the model's 64 positions"):
         list(complete(tiny_model, bpe, "The man", length=63))
+
+
+def test_a_port_that_is_taken_is_one_line(checkpoint, monkeypatch, capsys):
+    pytest.importorskip("gradio", reason="the extra `app` is not installed")
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(sys, "argv", ["app", str(checkpoint), "--port", str(port)])
+        with pytest.raises(SystemExit, match="1"):
+            run_command(main)
+    expected = f"error: port {port} of 127.0.0.1 is not free: give another one with --port\n"
+    assert capsys.readouterr().err.endswith(expected)
 
 
 @contextmanager
