@@ -8,7 +8,6 @@ distribution leaves out the mixins in tests/generation, tests/exporters and test
 without. Further arguments are pytest's. Exit code: pytest's.
 """
 
-import importlib
 import os
 import sys
 import types
@@ -16,9 +15,9 @@ import unittest
 from pathlib import Path
 
 PARTS = {
-    "tests.generation.test_utils": ("GenerationTesterMixin", type("GenerationTesterMixin", (), {})),
-    "tests.exporters.test_export": ("ExportTesterMixin", type("ExportTesterMixin", (), {})),
-    "tests.utils.test_configuration_utils": ("config_common_kwargs", {}),
+    "tests/generation/test_utils.py": ("GenerationTesterMixin", type("GenerationTesterMixin", (), {})),
+    "tests/exporters/test_export.py": ("ExportTesterMixin", type("ExportTesterMixin", (), {})),
+    "tests/utils/test_configuration_utils.py": ("config_common_kwargs", {}),
 }
 
 
@@ -28,6 +27,7 @@ def main(argv: list[str]) -> int:
     if not argv or not (Path(argv[0]) / "tests" / "test_modeling_common.py").is_file():
         print("error: give the folder of an unpacked transformers source tree: one with tests/test_modeling_common.py")
         return 1
+    print("".join(f"not in this tree: {file}\n" for file in PARTS if not (Path(argv[0]) / file).is_file()), end="")
     (Path(argv[0]) / "tests" / "__init__.py").touch()  # source distributions leave it out
     os.environ["TRANSFORMERS_TREE"] = str(Path(argv[0]).resolve())
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -41,14 +41,12 @@ if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 
 sys.path[:0] = [os.environ["TRANSFORMERS_TREE"], str(Path(__file__).resolve().parents[2])]
-for module, (name, stand_in) in PARTS.items():
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError:
-        print(f"not in this tree: {module}")
-        for package in (module.rpartition(".")[0], module):
-            sys.modules.setdefault(package, types.ModuleType(package))
-        setattr(sys.modules[module], name, stand_in)
+for file, (name, stand_in) in PARTS.items():
+    if not Path(os.environ["TRANSFORMERS_TREE"], file).is_file():
+        package, module = file.split("/")[1], file.removesuffix(".py").split("/")[2]
+        for missing in (f"tests.{package}", f"tests.{package}.{module}"):
+            sys.modules.setdefault(missing, types.ModuleType(missing))
+        setattr(sys.modules[f"tests.{package}.{module}"], name, stand_in)
 
 from tests.generation.test_utils import GenerationTesterMixin  # noqa: E402
 from tests.test_configuration_common import ConfigTester  # noqa: E402
