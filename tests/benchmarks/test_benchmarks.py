@@ -16,7 +16,7 @@ TINY = ["--device", "cpu", "--model-shape", "demo", "--batch-size", "2", "--seq-
 
 
 def run(*words: str) -> list[str]:
-    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=1900)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -76,7 +76,7 @@ def test_the_suite_needs_no_package_that_a_bare_gpu_machine_lacks():
 
 @pytest.mark.slow
 def test_the_whole_suite_runs_at_a_tiny_size_and_writes_at_most_eight_files(tmp_path, tiny_dataset):
-    run("benchmarks.gpu_suite", "--tiny", "--output", str(tmp_path), "--dataset", str(tiny_dataset), "--minutes", "8")
+    run("benchmarks.gpu_suite", "--tiny", "--output", str(tmp_path), "--dataset", str(tiny_dataset), "--minutes", "30")
     parts = json.loads((tmp_path / "suite.json").read_text())["parts"]
     assert {part["ended"] for part in parts} == {"done"}, parts
     assert len(list(tmp_path.iterdir())) <= 8
