@@ -60,15 +60,15 @@ def upload(folder: str | Path, repo_id: str, *, message: str) -> str:
         )
     except Exception as error:  # of the HTTP library, of xet, of the Hub
         raise ValueError(
-            f"the upload to {repo_id} broke off ({one_line(error)}): the same command goes on where it was"
+            f"the upload to {repo_id} broke off ({one_line(error)}): publish again, and it goes on where it was"
         ) from error
     return commit.commit_url
 
 
 def one_line(error: BaseException) -> str:
-    """An error and the one below it, on a line."""
-    text = " ".join(f"{error}; {error.__cause__ or ''}".split()).rstrip("; ")
-    return text[:300] or type(error).__name__
+    """An error and what it came from, on a line."""
+    texts = dict.fromkeys(" ".join(str(each).split()) for each in (error, error.__cause__) if each and str(each))
+    return "; ".join(texts)[:300] or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -1,29 +1,27 @@
 """Publishing: the card, the folder, uploads to a Hub on loopback by the real client, pushes from inside a run."""
 
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
+import train_accelerate
 from eval.multiple_choice import command_parser, run_task
 from eval.tasks import TASKS
 from eval.validation import main as validate
 from gpt2repro.hub.card import TASK_DATASETS
+from gpt2repro.hub.convert import convert
 from gpt2repro.hub.publish import BackgroundPush, main
 from tests.conftest import ROOT, train_rows
-
-spec = importlib.util.spec_from_file_location("stub_hub", Path(__file__).with_name("stub_hub.py"))
-stub_hub = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(stub_hub)
+from tests.hub.stub_hub import StubHub
+from tests.test_train import assert_same_bits
 
 OURS = {
     "README.md", "config.json", "configuration_gpt2repro.py", "generation_config.json", "model.safetensors",
@@ -37,7 +35,7 @@ ITEMS = [{"goal": "To open a file,", "sol1": "call open.", "sol2": "call close."
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A stub that this process and its children take for the Hub."""
-    with stub_hub.StubHub() as hub:
+    with StubHub() as hub:
         for name, value in {**hub.env, "HF_HOME": str(tmp_path / "hf")}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # read when huggingface_hub was imported
@@ -85,7 +83,8 @@ def test_the_cards_numbers_are_those_in_the_files(train_script, tiny_dataset, tm
     }  # fmt: skip
     # Evaluations of the finished checkpoint take the place of the run's own.
     monkeypatch.chdir(run)
-    validate(["--model", "latest", "--dataset", str(tiny_dataset), "--output", "v.json"])
+    flags = ["--model", "latest", "--dataset", str(tiny_dataset), "--max-tokens", "4096"]
+    validate([*flags, "--output", "v.json"])
     flags = ["--model", str(run / "latest"), "--data", str(tmp_path / "piqa.jsonl"), "--device", "cpu"]
     run_task(command_parser("").parse_args([*flags, "--output", str(run / "latest" / "p.json")]), "piqa")
     card = card_of(run, tmp_path)
@@ -255,8 +254,6 @@ def test_what_is_no_complete_checkpoint_is_not_published(run, hub, tmp_path, cap
 
 
 def test_a_converted_folder_is_published_without_a_run_around_it(run, hub, tmp_path):
-    from gpt2repro.hub.convert import convert
-
     convert(run / "latest", tmp_path / "stock", to="gpt2")
     assert main([str(tmp_path / "stock"), "--repo-id", "me/model"]) == 0
     assert set(hub.files["me/model"]) == STOCK
@@ -341,8 +338,6 @@ def test_a_run_pushes_in_the_background_and_its_last_checkpoint_is_awaited(train
 
 
 def test_a_run_whose_hub_dies_in_the_middle_ends_well_and_says_so(train_script, hub, unbroken_run, tmp_path):
-    from tests.test_train import assert_same_bits
-
     def die_at_the_commit(method, path):
         if "/commit/" in path:
             hub.server.socket.close()  # nobody listens from now on
@@ -359,16 +354,22 @@ def test_a_run_whose_hub_dies_in_the_middle_ends_well_and_says_so(train_script, 
     assert hub.files["me/model"] == {}
 
 
-def test_a_run_that_may_not_push_is_refused_before_it_begins(train_script, hub, tmp_path):
-    for env, owner, expected in (
-        ({"HF_TOKEN": ""}, "me", "there is no token for the Hub"),
-        ({}, "other", "the Hub does not let us write to 'other/model'"),
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "me", "the Hub does not answer at http://127.0.0.1:9"),
-    ):
-        fields = {"hub_repo_id": f"{owner}/model", "hub_every": 6}
-        output = train_script(tmp_path / "run", exit_code=1, env={**os.environ, **env}, **fields)
-        assert f"error: {expected}" in output and "Traceback" not in output
+def test_a_run_that_may_not_push_is_refused_before_it_begins(train_script, hub, tmp_path, monkeypatch, capsys):
+    def refused(**fields):
+        assert train_accelerate.main(train_script.flags(tmp_path / "run", **fields)) == 1
         assert not (tmp_path / "run").exists()
-    output = train_script(tmp_path / "run", exit_code=1, hub_every=4)
-    assert "error: hub_every is 4 without a hub_repo_id" in output
-    assert "error: hub_every=4 is not a multiple of save_every=3" in output
+        return capsys.readouterr().err.splitlines()
+
+    assert refused(hub_every=4) == [
+        "error: hub_every is 4 without a hub_repo_id: give OWNER/NAME, or leave it out",
+        "error: hub_every=4 is not a multiple of save_every=3: change one",
+    ]
+    (line,) = refused(hub_repo_id="other/model")
+    assert line.startswith("error: the Hub does not let us write to 'other/model'")
+    monkeypatch.delenv("HF_TOKEN")
+    (line,) = refused(hub_repo_id="me/model", hub_every=6)
+    assert line.startswith("error: there is no token for the Hub")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    (line,) = refused(hub_repo_id="me/model")
+    assert line.startswith("error: the Hub does not answer at http://127.0.0.1:9")
+    assert hub.files == {}
