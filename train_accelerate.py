@@ -41,6 +41,7 @@ from gpt2repro.training.checkpoints import find_checkpoint, go_on_from, load_che
 from gpt2repro.training.expected_loss import has_expected_loss, loss_warning
 from gpt2repro.training.guards import STOPPED_BY_SIGNAL, BadSteps, StopSignal, Watchdog, on_main_process
 from gpt2repro.training.launch import compile_wanted, loss_form, start_accelerator
+from gpt2repro.training.memory import memory_report
 from gpt2repro.training.metrics import MetricsLog, flops_per_token, peak_flops, peak_memory_bytes, read_metrics
 from gpt2repro.training.optimizer import make_optimizer
 from gpt2repro.training.profile import step_profiler
@@ -191,8 +192,12 @@ def train(recipe) -> int:
         f"{world_size} x {device.type}, {accelerator.mixed_precision} mixed precision, "
         f"{'compiled' if compiled else 'eager'}; {recipe.global_batch_tokens:,} tokens a step = "
         f"{world_size} processes x {loader.accumulation} micro steps x {recipe.micro_batch_size} sequences "
-        f"x {recipe.seq_len} tokens"
-    )
+        f"x {recipe.seq_len} tokens\n"
+        + memory_report(
+            recipe, config, n_parameters=n_parameters, bf16=accelerator.mixed_precision == "bf16",
+            chunked_loss=loss_impl == "chunked", processes=world_size, sharded=sharded, device=device,
+        )
+    )  # fmt: skip
 
     # ---- what happens between steps ------------------------------------------------------------------------
     def show(line: str) -> None:
