@@ -103,14 +103,15 @@ class Run:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def fingerprint(self) -> dict[str, str]:
-        """What must be equal: the bytes of the last weights and optimizer state, and every logged loss."""
-        found = {}
+    def fingerprint(self) -> dict[str, str | float]:
+        """What must be equal: the bytes of the last weights and optimizer state, and every logged loss, once."""
+        found: dict[str, str | float] = {}
         for name in ("model.safetensors", "optimizer.safetensors"):
             with (self.folder / "latest" / name).open("rb") as file:
                 found[name] = file_digest(file, "sha256").hexdigest()
         rows = [row for row in read_metrics(self.folder / "metrics.jsonl") if "loss" in row]
-        return found | {"losses": json.dumps([(row["kind"], row["step"], row["loss"]) for row in rows])}
+        losses = {f"{row['kind']} loss of step {row['step']}": row["loss"] for row in rows}
+        return found | losses | {"number of losses": len(rows)}
 
 
 def wait(run: Run, process: subprocess.Popen, until: Callable[[], bool]) -> bool:
@@ -230,7 +231,7 @@ def main() -> int:
                 run = Run(folder / f"{index}-{campaign.runs:03}", dataset, **settings)
                 until_it_ends(run, campaign, kills, draw)
                 found = run.fingerprint()
-                different = [what for what in found if found[what] != expected[what]]
+                different = [what for what in expected | found if found.get(what) != expected.get(what)]
                 campaign.mismatches += [f"{run.folder.name}: {what}" for what in different]
                 print(f"{campaign.processes}: {campaign.kills} of {kills} kills", file=sys.stderr, flush=True)
                 shutil.rmtree(run.folder)

@@ -66,7 +66,8 @@ class MetricsLog:
         self.trackers = trackers
         if path is None:
             return
-        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        # Without a checkpoint a run begins anew, and with it what was measured before its first step.
+        kept = [row for row in read_metrics(path) if row["step"] <= step] if step else []
         aside = path.with_name(f".{path.name}.tmp")
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(aside, path)

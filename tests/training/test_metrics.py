@@ -26,6 +26,13 @@ def test_a_resumed_log_drops_later_rows_and_a_line_that_a_kill_cut_off(tmp_path)
     assert read_metrics(path)[-1]["loss"] == 9.0
 
 
+def test_a_run_that_begins_anew_measures_step_0_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for _ in range(2):  # the first was killed before its first checkpoint
+        MetricsLog(path).write(0, "val", loss=6.2)
+    assert [row["step"] for row in read_metrics(path)] == [0]
+
+
 def test_every_row_is_json_also_where_the_loss_is_not_finite(tmp_path):
     MetricsLog(tmp_path / "metrics.jsonl").write(1, "train", loss=float("nan"), grad_norm=float("inf"), lr=0.1)
     assert (tmp_path / "metrics.jsonl").read_text() == (
