@@ -71,9 +71,13 @@ def main(argv: list[str] | None = None) -> int:
         explain(InterruptedError("interrupted before the first step; run the same command again"), rank=rank)
         return 130
     except RuntimeError as error:
-        if not is_lost_process(error):
+        if is_lost_process(error):
+            problem = "another process ended first, see its error; run the same command again"
+        elif is_out_of_memory(error):
+            problem = f"{str(error).splitlines()[0]} Lower micro_batch_size, or turn gradient_checkpointing on"
+        else:
             raise
-        explain(ChildProcessError("another process ended first, see its error; run the same command again"), rank=rank)
+        explain(RuntimeError(problem), rank=rank)
         return 1
     # DDP must be gone before its process group is: freed after it, gloo's destructor can wait for ever.
     gc.collect()
@@ -84,6 +88,11 @@ def main(argv: list[str] | None = None) -> int:
 def is_lost_process(error: RuntimeError) -> bool:
     """Whether a collective failed because another process is gone: NCCL's and the store's type, or gloo's words."""
     return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the card's memory is used up, which has a type, or the host's, which has not."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def explain(error: Exception, *, rank: int) -> None:

@@ -308,6 +308,12 @@ def test_a_mistake_in_a_recipe_is_one_line(refused, tmp_path, monkeypatch, field
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_that_no_memory_holds_is_one_line(refused):
+    (line,) = refused(vocab_size="1e13")
+    assert "can't allocate memory" in line
+    assert line.endswith("Lower micro_batch_size, or turn gradient_checkpointing on")
+
+
 def test_words_that_are_no_flags_are_refused(refused):
     (line,) = refused(exit_code=2, extra=("runs/demo",))
     assert line == "error: 'runs/demo' stands alone on the command line: flags are --field value"
