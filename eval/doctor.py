@@ -1,10 +1,10 @@
 """What would go wrong in a run, before it does: a line for each check, with what was found and what was expected.
 
-    python -m eval.doctor recipes/gpt2-124m-10b.yaml [--processes 8] [--dollars-per-hour 2.5] [--FIELD VALUE …]
+    python -m eval.doctor recipes/gpt2-124m-10b.yaml [--processes 8 [--sharded]] [--dollars-per-hour 2.5]
 
-Reads the prepared dataset, builds the model, takes a few steps on one device, and saves and loads a checkpoint in a
-temporary folder beside `output_dir`; nothing of it stays. Exit codes: 0 every check passed, 1 one did not, or there
-was an error that is explained, 2 wrong usage.
+Every field of the recipe is also a flag. Reads the prepared dataset, builds the model, takes a few steps on one device,
+and saves and loads a checkpoint in a temporary folder beside `output_dir`; nothing of it stays. Exit codes: 0 every
+check passed, 1 one did not, or there was an error that is explained, 2 wrong usage.
 """
 
 import argparse
@@ -231,8 +231,10 @@ def check_rehearsal(
 # ---- all of them -------------------------------------------------------------------------------------------
 
 
-def examine(recipe: Recipe, *, processes: int = 1, dollars_per_hour: float | None = None) -> Iterator[Check]:
-    """Every check of a recipe on this machine, the cheap ones first.
+def examine(
+    recipe: Recipe, *, processes: int = 1, sharded: bool = False, dollars_per_hour: float | None = None
+) -> Iterator[Check]:
+    """Every check of a recipe on this machine, the cheap ones first; `sharded` processes hold a part of every tensor.
 
     Raises:
         ValueError: the recipe or the dataset cannot be used at all.
@@ -267,7 +269,7 @@ def examine(recipe: Recipe, *, processes: int = 1, dollars_per_hour: float | Non
     parts = memory_estimate(
         n_parameters=n_parameters, n_layer=config.n_layer, n_embd=config.n_embd, vocab_size=config.vocab_size,
         tokens=recipe.micro_batch_size * recipe.seq_len, bf16=accelerator.mixed_precision == "bf16",
-        gradient_checkpointing=recipe.gradient_checkpointing, chunked_loss=chunked,
+        gradient_checkpointing=recipe.gradient_checkpointing, chunked_loss=chunked, shards=processes if sharded else 1,
     )  # fmt: skip
     yield check_memory(parts, memory_bytes=device_memory_bytes(device))
     yield check_shards(dataset)
@@ -335,6 +337,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="the recipe's YAML; every field of it is also a flag")
     parser.add_argument("--processes", type=int, default=1, help="how many will train (default: 1)")
+    parser.add_argument("--sharded", action="store_true", help="each of them holds a part of every tensor (FSDP2)")
     parser.add_argument("--dollars-per-hour", type=float, help="price of one process's device")
     arguments, fields = parser.parse_known_args()
     try:
@@ -343,7 +346,8 @@ def main() -> None:
         parser.error(str(error))
     transformers_logging.disable_progress_bar()
     failed = 0
-    for check in examine(recipe, processes=arguments.processes, dollars_per_hour=arguments.dollars_per_hour):
+    settings = {name: getattr(arguments, name) for name in ("processes", "sharded", "dollars_per_hour")}
+    for check in examine(recipe, **settings):
         print(check, flush=True)
         failed += not check.passed
     print(f"{failed} checks failed" if failed else "every check passed")

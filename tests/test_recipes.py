@@ -15,6 +15,7 @@ import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from configuration_gpt2repro import GPT2ReproConfig
+from eval.doctor import check_learning_rate, check_warmup
 from gpt2repro.checks import model_shape
 from gpt2repro.cli import parse_recipe
 from gpt2repro.training.arguments import Recipe
@@ -135,6 +136,13 @@ def test_rate_batch_and_warmup_are_the_gpt3_papers(stem, rate, batch_tokens):
     assert (recipe.learning_rate, recipe.global_batch_tokens) == (rate, batch_tokens)
     assert recipe.warmup_steps == 375_000_000 // batch_tokens
     assert recipe.min_lr_ratio == 0.1
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_doctor_has_nothing_against_a_recipes_rate_and_warmup(path):
+    _, recipe, costs = header_and_costs(path)
+    assert check_learning_rate(recipe, costs["parameters"]).passed
+    assert check_warmup(recipe).passed
 
 
 # ---- every recipe starts -------------------------------------------------------------------------------------

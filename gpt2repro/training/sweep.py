@@ -119,6 +119,8 @@ def main() -> int:
     arguments, fields = parser.parse_known_args()
     results, failed = [], 0
     try:
+        if not SCRIPT.is_file():
+            raise ValueError(f"there is no {SCRIPT}: a sweep needs a checkout, not the installed package alone")
         base = ["--recipe", arguments.recipe, *fields]
         seed = parse_recipe(base, default=arguments.recipe).seed
         plan = []
