@@ -2,9 +2,9 @@
 
     python -m eval.doctor recipes/gpt2-124m-10b.yaml [--processes 8 [--sharded]] [--dollars-per-hour 2.5]
 
-Every field of the recipe is also a flag. Reads the prepared dataset, builds the model, takes a few steps on one device,
-and saves and loads a checkpoint in a temporary folder beside `output_dir`; nothing of it stays. Exit codes: 0 every
-check passed, 1 one did not, or there was an error that is explained, 2 wrong usage.
+Every field of the recipe is also a flag. Reads the prepared dataset, builds the model, takes a few steps on one
+device, and saves and loads a checkpoint in a temporary folder beside `output_dir`; nothing of it stays. Exit codes: 0
+every check passed, 1 one did not, or there was an error that is explained, 2 wrong usage.
 """
 
 import argparse

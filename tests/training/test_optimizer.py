@@ -1,6 +1,7 @@
 """Parameter groups, the updates against PyTorch's optimizers stepped by hand, and runs with Muon that go on."""
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.training.arguments import Recipe
 from gpt2repro.training.optimizer import make_optimizer
+from gpt2repro.training.run_folder import check_run_folder
 from modeling_gpt2repro import GPT2ReproForCausalLM
 from tests.conftest import CONFIGS, train_rows
 
@@ -108,6 +110,17 @@ def test_a_rate_for_muon_without_muon_is_refused():
     assert problem == [
         "muon_learning_rate is 0.01 with optimizer adamw: give a number above 0 with optimizer: muon, or leave it out"
     ]
+
+
+def test_a_run_from_before_there_was_a_choice_goes_on_with_adamw_alone(tmp_path):
+    facts = {"dataset": {"fingerprint": "f"}, "model": {}}
+    record = check_run_folder(Recipe(output_dir=str(tmp_path)), **facts)
+    for field in ("optimizer", "muon_learning_rate", "decay_ratio"):
+        del record["recipe"][field]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    check_run_folder(Recipe(output_dir=str(tmp_path)), **facts)
+    with pytest.raises(ValueError, match="optimizer is 'adamw' there and 'muon' here"):
+        check_run_folder(Recipe(output_dir=str(tmp_path), optimizer="muon"), **facts)
 
 
 @pytest.fixture(scope="module")
