@@ -175,13 +175,14 @@ def train(recipe) -> int:
         first_step = record["step"]
         check_resume(recipe, found, record, dataset.fingerprint)
     metrics, metrics_file = MetricsLog(None), run_dir / "metrics.jsonl"
+    held: list = []  # what keeps other starts out of the folder while this one lives
     pushes: BackgroundPush | None = None  # on the main process of a run with a hub_repo_id
 
     def open_run_folder() -> None:
         nonlocal metrics, pushes
         if recipe.hub_repo_id:  # a missing token or right is an error now, not in an hour
             pushes = BackgroundPush(writable_repo(recipe.hub_repo_id), run_dir=run_dir)
-        write_run_record(run_dir, run_record, world_size=world_size)
+        held.extend(write_run_record(run_dir, run_record, world_size=world_size))
         go_on_from(run_dir, found, step=first_step)
         write_recipe(recipe, run_dir / "recipe.yaml")
         metrics = MetricsLog(metrics_file, step=first_step)

@@ -1,5 +1,7 @@
 """The folder of a run: whose it is, and the record of how it was made (run.json)."""
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -10,7 +12,7 @@ import time
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -51,22 +53,38 @@ def check_run_folder(recipe: Recipe, *, dataset: dict[str, Any], model: dict[str
     return record
 
 
-def write_run_record(folder: Path, record: dict[str, Any], *, world_size: int) -> None:
+def write_run_record(folder: Path, record: dict[str, Any], *, world_size: int) -> list[BinaryIO]:
     """Make `folder` the run's: add this start to its record and write it as run.json.
 
+    The files that come back keep other starts out of the folder for as long as they are open: until the process ends,
+    however it ends.
+
     Raises:
-        ValueError: the folder cannot be written.
+        ValueError: the folder cannot be written, or another process trains in it.
     """
-    aside = folder / UNFINISHED_RECORD
+    aside, final = folder / UNFINISHED_RECORD, folder / RUN_RECORD
     record["starts"].append(_start(world_size))
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        held = [_hold(final)] if final.exists() else []
         aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         with aside.open("rb") as file:
             os.fsync(file.fileno())  # or a power cut could leave an empty run.json, which refuses every start
-        os.replace(aside, folder / RUN_RECORD)
+        os.replace(aside, final)
+        return [*held, _hold(final)]
     except OSError as error:
         raise ValueError(f"output_dir {folder} cannot be written ({error}): give another --output_dir") from error
+
+
+def _hold(path: Path) -> BinaryIO:
+    """Lock a file; where the file system has no locks, go on without."""
+    file = path.open("r+b")
+    with contextlib.suppress(OSError):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process trains in {path.parent}: end it, or give another folder") from None
+    return file
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import train_accelerate
 from gpt2repro.training.metrics import read_metrics
 from tests.conftest import ROOT, TrainScript, train_rows
 from tests.test_train import assert_same_bits
@@ -76,6 +77,17 @@ def run(train_script, tmp_path_factory) -> Stopped:
 
 def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
     return psutil.Process(launcher.pid).children()
+
+
+def test_a_second_start_of_a_run_that_is_alive_is_refused_and_disturbs_nothing(run, capsys):
+    process = run.start()
+    run.wait(process, run.step)
+    assert train_accelerate.main(run.script.flags(run.folder, **run.fields)) == 1
+    assert f"error: another process trains in {run.folder}: end it" in capsys.readouterr().err
+    process.send_signal(signal.SIGTERM)
+    output = run.end(process)
+    assert process.returncode == 75, output
+    run.assert_saved_and_stopped(output)
 
 
 def test_a_signal_during_the_imports_ends_the_process_at_once_and_leaves_nothing(train_script, tmp_path):
