@@ -14,7 +14,8 @@ mkdir -p "$out"
 
 # ---- the data: one vocabulary for all, and a part that 500 steps see twice ------------------------------------
 if [ ! -e "$out/corpus/dataset.json" ]; then
-    "$python" -m gpt2repro.data.prepare --source files --files "$corpus" --tokenizer train:4096 --fast --out "$out/corpus"
+    "$python" -m gpt2repro.data.prepare --source files --files "$corpus" --tokenizer train:4096 --fast \
+        --out "$out/corpus"
 fi
 if [ ! -e "$out/corpus-part/dataset.json" ]; then
     "$python" -m gpt2repro.data.prepare --source files --files "$corpus" --tokenizer "$out/corpus" --fast \

@@ -40,7 +40,7 @@ while true; do
             ;;
     esac
     if [ "$quick_failures" -ge 3 ]; then
-        echo "$0: three failures in a row, each within a minute, the last with exit code $code: see the error above" >&2
+        echo "$0: three failures in a row, each within a minute (the last: exit code $code), see the error above" >&2
         exit "$code"
     fi
     echo "$0: exit code $code, starting again" >&2
