@@ -37,6 +37,7 @@ from gpt2repro.data.shards import load_tokenizer, open_dataset, tokenizer_sha256
 from gpt2repro.hub.convert import load_as_gpt2repro
 from gpt2repro.hub.publish import PUSH_WAIT_SECONDS, BackgroundPush
 from gpt2repro.hub.upload import writable_repo
+from gpt2repro.training.arguments import Recipe
 from gpt2repro.training.checkpoints import find_checkpoint, go_on_from, load_checkpoint, save_checkpoint
 from gpt2repro.training.expected_loss import has_expected_loss, loss_warning
 from gpt2repro.training.guards import STOPPED_BY_SIGNAL, BadSteps, StopSignal, Watchdog, on_main_process
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             explain(error, rank=0)
         return 2 if isinstance(error, UsageError) else 1
     try:
-        exit_code = train(recipe)
+        exit_code = Run(recipe).train()
     except (ValueError, OSError, ImportError) as error:
         explain(error, rank=rank)
         return 1
@@ -102,266 +103,302 @@ def explain(error: Exception, *, rank: int) -> None:
         tqdm.write(line, file=sys.stderr)  # below the bar, not behind it
 
 
-def train(recipe) -> int:
-    """One run from its recipe to its last checkpoint; returns the exit code."""
-    # ---- processes, device, precision ----------------------------------------------------------------------
-    world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    accelerator = start_accelerator(recipe)
-    transformers_logging.disable_progress_bar()  # a bar for every file of every checkpoint
-    device, sharded = accelerator.device, accelerator.is_fsdp2
-    compiled, loss_impl = compile_wanted(recipe, device), loss_form(recipe, device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+class Run:
+    """One run, from its recipe to its last checkpoint: `Run(recipe).train()` returns the exit code.
 
-    # ---- the data ------------------------------------------------------------------------------------------
-    if recipe.source and not (Path(recipe.dataset_dir[0]) / "dataset.json").exists():
-        on_main_process(accelerator, lambda: prepare_dataset(recipe, world_size=world_size))
-    dataset = open_dataset(list(recipe.dataset_dir), format=recipe.dataset_format, tokenizer=recipe.tokenizer)
-    check_dataset(recipe, dataset)
-    config = model_config(recipe, dataset)
-    tokenizer = load_tokenizer(dataset.tokenizer)
-    if tokenizer_sha256(tokenizer) != dataset.tokenizer_sha256:
-        raise ValueError(f"the tokenizer in {dataset.tokenizer} is not the one that made its tokens: copy it again")
-    tasks = [prepare_task(task, tokenizer, max_length=config.n_positions) for task in recipe.eval_tasks]
-    train_stream = dataset.split("train")
-    if recipe.eval_every:
-        val_stream = dataset.split("val")
-        validation_tokens(val_stream, recipe.seq_len, recipe.eval_tokens)  # too few are an error now, not in an hour
-    loader = TrainLoader(
-        train_stream,
-        WindowOrder(train_stream.tokens, recipe.seq_len, seed=recipe.seed, shuffle=recipe.shuffle),
-        sequences_per_step=recipe.global_batch_tokens // recipe.seq_len,
-        micro_batch_size=recipe.micro_batch_size,
-        rank=rank,
-        world_size=world_size,
-        vocab_size=config.vocab_size,
-        device=device,
-    )
+    Made in the order of reading: processes and device, data, model and optimizer, and where it goes on.
+    """
 
-    # ---- the model and its optimizer -----------------------------------------------------------------------
-    torch.manual_seed(recipe.seed)
-    if recipe.init_from:
-        raw = load_as_gpt2repro(recipe.init_from, vocab_size=config.vocab_size)
-    else:
-        raw = GPT2ReproForCausalLM(config)
-    check_init_from(recipe, raw.config, config)
-    raw.set_attn_implementation(recipe.attn_implementation)
-    raw.train().to(device)
-    if recipe.gradient_checkpointing:
-        raw.gradient_checkpointing_enable()
-    optimizer = make_optimizer(raw, recipe)
-    n_parameters = raw.num_parameters()
-    sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
-    describe = {"parameters": n_parameters, **{name: getattr(config, name) for name in sizes}}
-    facts = {"dir": recipe.dataset_dir, "fingerprint": dataset.fingerprint, "train_tokens": train_stream.tokens,
-             "source": dataset.info.get("source")}  # fmt: skip
-    run_record = check_run_folder(recipe, dataset=facts, model=describe)
-    run_dir = Path(recipe.output_dir)
-    profiler = None
-    if recipe.profile_steps and accelerator.is_main_process:
-        profiler = step_profiler(run_dir / "profile.json", steps=recipe.profile_steps, device=device, show=tqdm.write)
-    if compiled:
-        # In place and before prepare: one graph, clean state-dict keys, and no_sync keeps working. DDPOptimizer would
-        # split the graph at every bucket. FSDP2 gathers between the blocks, which no graph can hold: a graph a block.
-        torch._dynamo.config.optimize_ddp = False
-        for part in raw.transformer.h if sharded else [raw]:
-            part.compile(fullgraph=True, dynamic=False, mode=recipe.compile_mode)
-    model, optimizer = accelerator.prepare(raw, optimizer)
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.folder = recipe, Path(recipe.output_dir)
+        self.world_size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.accelerator = start_accelerator(recipe)
+        transformers_logging.disable_progress_bar()  # a bar for every file of every checkpoint
+        self.device, self.sharded = self.accelerator.device, self.accelerator.is_fsdp2
+        self.compiled, self.loss_impl = compile_wanted(recipe, self.device), loss_form(recipe, self.device)
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+        self.open_data()
+        self.build_model()
+        self.go_on()
 
-    # ---- resume --------------------------------------------------------------------------------------------
-    first_step, found = 0, find_checkpoint(run_dir, recipe.resume)
-    if found:
-        record = load_checkpoint(found, model=raw, optimizer=optimizer.optimizer)
-        first_step = record["step"]
-        check_resume(recipe, found, record, dataset.fingerprint)
-    metrics, metrics_file = MetricsLog(None), run_dir / "metrics.jsonl"
-    held: list = []  # what keeps other starts out of the folder while this one lives
-    pushes: BackgroundPush | None = None  # on the main process of a run with a hub_repo_id
+    # ---- what a run is made of -----------------------------------------------------------------------------
 
-    def open_run_folder() -> None:
-        nonlocal metrics, pushes
-        if recipe.hub_repo_id:  # a missing token or right is an error now, not in an hour
-            pushes = BackgroundPush(writable_repo(recipe.hub_repo_id), run_dir=run_dir)
-        held.extend(write_run_record(run_dir, run_record, world_size=world_size))
-        go_on_from(run_dir, found, step=first_step)
-        write_recipe(recipe, run_dir / "recipe.yaml")
-        metrics = MetricsLog(metrics_file, step=first_step)
-
-    # Written last: a start that was refused leaves no run behind that the corrected command would not fit.
-    on_main_process(accelerator, open_run_folder)
-    rows = [row for row in read_metrics(metrics_file) if row["kind"] == "train" and row["step"] <= first_step]
-    accelerator.init_trackers(
-        "gpt2repro",
-        config={name: v if isinstance(v, (int, float, str)) else str(v) for name, v in asdict(recipe).items()},
-        init_kwargs={tracker: {"name": run_dir.name} for tracker in ("wandb", "trackio")},
-    )
-    metrics.trackers = accelerator.trackers
-    accelerator.print(
-        f"{recipe.output_dir}: {n_parameters:,} parameters, {train_stream.tokens:,} training tokens, "
-        f"step {first_step} to {recipe.max_steps}" + (f", resumed from {found}" if found else "") + "\n"
-        f"{world_size} x {device.type}, {accelerator.mixed_precision} mixed precision, "
-        f"{'compiled' if compiled else 'eager'}; {recipe.global_batch_tokens:,} tokens a step = "
-        f"{world_size} processes x {loader.accumulation} micro steps x {recipe.micro_batch_size} sequences "
-        f"x {recipe.seq_len} tokens\n"
-        + memory_report(
-            recipe, config, n_parameters=n_parameters, bf16=accelerator.mixed_precision == "bf16",
-            chunked_loss=loss_impl == "chunked", processes=world_size, sharded=sharded, device=device,
+    def open_data(self) -> None:
+        """The dataset (made first, where the recipe says from what), the order of its windows, the benchmarks."""
+        recipe = self.recipe
+        if recipe.source and not (Path(recipe.dataset_dir[0]) / "dataset.json").exists():
+            on_main_process(self.accelerator, lambda: prepare_dataset(recipe, world_size=self.world_size))
+        dataset = open_dataset(list(recipe.dataset_dir), format=recipe.dataset_format, tokenizer=recipe.tokenizer)
+        check_dataset(recipe, dataset)
+        self.dataset, self.config = dataset, model_config(recipe, dataset)
+        self.tokenizer = load_tokenizer(dataset.tokenizer)
+        if tokenizer_sha256(self.tokenizer) != dataset.tokenizer_sha256:
+            where = dataset.tokenizer
+            raise ValueError(f"the tokenizer in {where} is not the one that made its tokens: copy it again")
+        longest = self.config.n_positions
+        self.tasks = [prepare_task(task, self.tokenizer, max_length=longest) for task in recipe.eval_tasks]
+        if recipe.eval_every:  # too few tokens are an error now, not in an hour
+            validation_tokens(dataset.split("val"), recipe.seq_len, recipe.eval_tokens)
+        stream = dataset.split("train")
+        self.loader = TrainLoader(
+            stream,
+            WindowOrder(stream.tokens, recipe.seq_len, seed=recipe.seed, shuffle=recipe.shuffle),
+            sequences_per_step=recipe.global_batch_tokens // recipe.seq_len,
+            micro_batch_size=recipe.micro_batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            vocab_size=self.config.vocab_size,
+            device=self.device,
         )
-    )  # fmt: skip
 
-    # ---- what happens between steps ------------------------------------------------------------------------
-    def show(line: str) -> None:
-        if accelerator.is_main_process:
-            tqdm.write(line)
+    def build_model(self) -> None:
+        """`raw`, the network; `model`, the same as Accelerate wraps it for several processes; the optimizer."""
+        recipe = self.recipe
+        torch.manual_seed(recipe.seed)
+        if recipe.init_from:
+            raw = load_as_gpt2repro(recipe.init_from, vocab_size=self.config.vocab_size)
+        else:
+            raw = GPT2ReproForCausalLM(self.config)
+        check_init_from(recipe, raw.config, self.config)
+        raw.set_attn_implementation(recipe.attn_implementation)
+        raw.train().to(self.device)
+        if recipe.gradient_checkpointing:
+            raw.gradient_checkpointing_enable()
+        self.n_parameters = raw.num_parameters()
+        self.record = check_run_folder(recipe, **self.facts())
+        if self.compiled:
+            # In place and before prepare: one graph, clean state-dict keys, and no_sync keeps working. DDPOptimizer
+            # would split the graph at every bucket. FSDP2 gathers between the blocks, so there each is a graph.
+            torch._dynamo.config.optimize_ddp = False
+            for part in raw.transformer.h if self.sharded else [raw]:
+                part.compile(fullgraph=True, dynamic=False, mode=recipe.compile_mode)
+        self.raw = raw
+        self.model, self.optimizer = self.accelerator.prepare(raw, make_optimizer(raw, recipe))
 
-    def validate(step: int) -> None:
-        """The loss on the validation windows, and the benchmarks of `eval_tasks`; every process does its share."""
-        model.eval()
-        share = {"rank": rank, "world_size": world_size}
-        batches = validation_batches(
-            val_stream, seq_len=recipe.seq_len, max_tokens=recipe.eval_tokens,
-            micro_batch_size=recipe.micro_batch_size, vocab_size=config.vocab_size, device=device, **share,
-        )  # fmt: skip
-        add = (lambda tensor: accelerator.reduce(tensor, "sum")) if world_size > 1 else None
-        loss, counted = validation_loss(raw, batches, reduce=add)
-        perplexity, tokens = math.exp(min(loss, 700.0)), step * recipe.global_batch_tokens
-        metrics.write(step, "val", loss=loss, perplexity=perplexity, eval_tokens=counted, tokens=tokens)
-        show(f"step {step:>6}  validation loss {loss:.4f}, perplexity {perplexity:,.1f}")
-        comparable = has_expected_loss(dataset.info, config, init_from=recipe.init_from)
-        if comparable and (warning := loss_warning(tokens, loss)):
-            metrics.write(step, "warning", text=warning, loss=loss, tokens=tokens)
-            show(f"step {step:>6}  warning: {warning}")
-        if tasks and step:
-            # A sharded model runs on all processes at once or on none, so there each one scores every item.
-            split = {} if sharded else {"gather_object": gather_object, **share}
-            with accelerator.autocast():
-                rows = evaluate_tasks(raw, tasks, **split)
-            for row in rows:
-                metrics.write(step, "eval", tokens=tokens, **row)
-                show(f"step {step:>6}  " + ", ".join(f"{name} {value}" for name, value in row.items()))
-        model.train()
+    def go_on(self) -> None:
+        """Resume where there is something to resume from; then, and not before, make the folder this run's."""
+        recipe, self.first_step = self.recipe, 0
+        found = find_checkpoint(self.folder, recipe.resume)
+        if found:
+            saved = load_checkpoint(found, model=self.raw, optimizer=self.optimizer.optimizer)
+            self.first_step = saved["step"]
+            check_resume(recipe, found, saved, self.dataset.fingerprint)
+        metrics_file = self.folder / "metrics.jsonl"
+        self.metrics = MetricsLog(None)
+        self.pushes: BackgroundPush | None = None  # on the main process of a run with a hub_repo_id
 
-    def draw_samples(step: int) -> None:
-        """The same prompt every time; on every process, because a sharded model needs all of them to run."""
-        model.eval()
-        texts = sample(
-            raw, tokenizer, recipe.sample_prompt, num_samples=recipe.num_samples,
-            max_new_tokens=recipe.sample_tokens, seed=recipe.seed,
-        )  # fmt: skip
-        model.train()
-        metrics.write(step, "sample", prompt=recipe.sample_prompt, texts=texts)
-        for text in texts:
-            show(f"step {step:>6}  sample: {' '.join(text.split())}")
+        def open_folder() -> None:
+            if recipe.hub_repo_id:  # a missing token or right is an error now, not in an hour
+                self.pushes = BackgroundPush(writable_repo(recipe.hub_repo_id), run_dir=self.folder)
+            # Held open, the record keeps other starts out of the folder while this one lives.
+            self.held = write_run_record(self.folder, self.record, world_size=self.world_size)
+            go_on_from(self.folder, found, step=self.first_step)
+            write_recipe(recipe, self.folder / "recipe.yaml")
+            self.metrics = MetricsLog(metrics_file, step=self.first_step)
 
-    def save(step: int) -> None:
-        began = time.perf_counter()
-        checkpoint = save_checkpoint(
-            run_dir, step, model=raw, optimizer=optimizer.optimizer, tokenizer=tokenizer, accelerator=accelerator,
-            state={"tokens": step * recipe.global_batch_tokens, "dataset_fingerprint": dataset.fingerprint},
-            keep_last=recipe.keep_last, keep_every=recipe.keep_every,
-        )  # fmt: skip
-        seconds = time.perf_counter() - began
-        metrics.write(step, "checkpoint", seconds=seconds)
-        show(f"step {step:>6}  saved in {seconds:.1f} s")
-        if pushes and (step == recipe.max_steps or (recipe.hub_every and step % recipe.hub_every == 0)):
-            pushes.submit(checkpoint)
-
-    def report_pushes(step: int, rows: list[dict]) -> None:
-        for row in rows:
-            metrics.write(step, "push", **row)
-            outcome = f"to {row['url']}" if "url" in row else f"failed: {row['error']}"
-            show(f"step {step:>6}  push of step {row['checkpoint_step']} {outcome}")
+        on_main_process(self.accelerator, open_folder)
+        rows = [r for r in read_metrics(metrics_file) if r["kind"] == "train" and r["step"] <= self.first_step]
+        self.bad_steps = BadSteps(recipe, rows)
+        self.accelerator.init_trackers(
+            "gpt2repro",
+            config={name: v if isinstance(v, (int, float, str)) else str(v) for name, v in asdict(recipe).items()},
+            init_kwargs={tracker: {"name": self.folder.name} for tracker in ("wandb", "trackio")},
+        )
+        self.metrics.trackers = self.accelerator.trackers
+        self.accelerator.print(self.description(found))
 
     # ---- the loop ------------------------------------------------------------------------------------------
-    stop, bad_steps, watchdog = StopSignal(), BadSteps(recipe, rows), Watchdog(recipe.watchdog_minutes, rank=rank)
-    batches = loader.batches(first_step)
-    flops = flops_per_token(
-        n_parameters=n_parameters, n_positions=config.n_positions, n_layer=config.n_layer, n_embd=config.n_embd,
-        seq_len=recipe.seq_len,
-    )  # fmt: skip
-    peak = peak_flops(device)
-    bar = tqdm(total=recipe.max_steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
-    if first_step == 0:  # where it starts from; and what cannot work fails here, not in the middle of a run
-        if recipe.eval_every:
-            validate(0)
-        if recipe.sample_every:
-            draw_samples(0)
-    step = saved = first_step
-    began = time.perf_counter()
-    for step in range(first_step + 1, recipe.max_steps + 1):
-        lr = lr_at(step - 1, recipe)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_ratio"]
-        torch.manual_seed(seed_of(recipe.seed, step, rank))  # dropout; so that a resumed run draws the same
 
-        loss_sum = torch.zeros((), device=device)
+    def train(self) -> int:
+        """All steps with what happens between them; returns the exit code."""
+        recipe, accelerator, metrics = self.recipe, self.accelerator, self.metrics
+        self.stop, watchdog = StopSignal(), Watchdog(recipe.watchdog_minutes, rank=self.rank)
+        self.batches = self.loader.batches(self.first_step)
+        shape = {name: getattr(self.config, name) for name in ("n_positions", "n_layer", "n_embd")}
+        flops = flops_per_token(n_parameters=self.n_parameters, seq_len=recipe.seq_len, **shape)
+        peak = peak_flops(self.device)
+        profiler = None
+        if recipe.profile_steps and accelerator.is_main_process:
+            profiler = step_profiler(
+                self.folder / "profile.json", steps=recipe.profile_steps, device=self.device, show=self.show
+            )
+        bar = tqdm(
+            total=recipe.max_steps, initial=self.first_step, unit="step", disable=not accelerator.is_main_process
+        )
+        if self.first_step == 0:  # where it starts from; and what cannot work fails here, not in the middle of a run
+            self.evaluate(0)
+        step = saved = self.first_step
+        for step in range(self.first_step + 1, recipe.max_steps + 1):
+            began = time.perf_counter()
+            loss, grad_norm, stopping = self.optimize(step)
+            if profiler:
+                profiler.step()
+            tokens_per_second = recipe.global_batch_tokens / (time.perf_counter() - began)
+            metrics.write(
+                step, "train", loss=loss, lr=lr_at(step - 1, recipe), grad_norm=grad_norm,
+                tokens=step * recipe.global_batch_tokens, tokens_per_second=tokens_per_second,
+                mfu=tokens_per_second * flops / (peak * self.world_size) if peak else None,
+                memory_bytes=peak_memory_bytes(self.device),
+            )  # fmt: skip
+            bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+            bar.update()
+
+            self.evaluate(step)
+            if step % recipe.save_every == 0 or step == recipe.max_steps or stopping:
+                self.save(step)
+                saved = step
+            if self.pushes:
+                self.report_pushes(step, self.pushes.finished())
+            if stopping:
+                break
+            watchdog.step = step
+        bar.close()
+        self.batches.close()
+        watchdog.stop()
+        stopped = saved < recipe.max_steps
+        if self.pushes:
+            self.report_pushes(step, self.pushes.wait(0 if stopped else PUSH_WAIT_SECONDS))
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.print(summary(self.folder, step=step, stopped=stopped))
+        return STOPPED_BY_SIGNAL if stopped else 0
+
+    def optimize(self, step: int) -> tuple[float, float, bool]:
+        """One update from the global batch; its loss, its gradient norm, and whether any process was told to stop."""
+        accelerator, loader = self.accelerator, self.loader
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr_at(step - 1, self.recipe) * group["lr_ratio"]
+        torch.manual_seed(seed_of(self.recipe.seed, step, self.rank))  # dropout; a resumed run draws the same
+
+        loss_sum = torch.zeros((), device=self.device)
         for micro_step in range(loader.accumulation):
-            input_ids, targets = next(batches)
+            input_ids, targets = next(self.batches)
             is_last = micro_step == loader.accumulation - 1
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
-                loss = model(
-                    input_ids, shift_labels=targets, use_cache=False, skip_logits=True, loss_impl=loss_impl
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
+                loss = self.model(
+                    input_ids, shift_labels=targets, use_cache=False, skip_logits=True, loss_impl=self.loss_impl
                 ).loss
                 accelerator.backward(loss / loader.accumulation)
             loss_sum += loss.detach() / loader.accumulation
 
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.grad_clip or math.inf)
-        if sharded:
+        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip or math.inf)
+        if self.sharded:
             grad_norm = grad_norm.full_tensor()
         # The one host sync of a step: the loss over all micro steps and processes, the norm, and whether to stop.
-        stopping = torch.full((), float(bool(stop.received)), device=device)
-        sums = accelerator.reduce(torch.stack([loss_sum / world_size, stopping]), "sum")
+        stopping = torch.full((), float(bool(self.stop.received)), device=self.device)
+        sums = accelerator.reduce(torch.stack([loss_sum / self.world_size, stopping]), "sum")
         train_loss, stopping_ranks, norm = torch.cat([sums, grad_norm.detach().reshape(1).to(sums)]).tolist()
-        if bad := bad_steps.reason(step, train_loss, norm):
-            show(f"step {step:>6}  not applied: {bad}")
-            metrics.write(step, "bad_step", window_starts=loader.window_starts(step - 1).tolist())
+        if bad := self.bad_steps.reason(step, train_loss, norm):
+            self.show(f"step {step:>6}  not applied: {bad}")
+            self.metrics.write(step, "bad_step", window_starts=loader.window_starts(step - 1).tolist())
         else:
-            optimizer.step()
-        optimizer.zero_grad()
-        if profiler:
-            profiler.step()
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return train_loss, norm, stopping_ranks > 0
 
-        seconds = time.perf_counter() - began
-        tokens_per_second = recipe.global_batch_tokens / seconds
-        metrics.write(
-            step, "train", loss=train_loss, lr=lr, grad_norm=norm, tokens=step * recipe.global_batch_tokens,
-            tokens_per_second=tokens_per_second,
-            mfu=tokens_per_second * flops / (peak * world_size) if peak else None,
-            memory_bytes=peak_memory_bytes(device),
+    # ---- what happens between steps ------------------------------------------------------------------------
+
+    def evaluate(self, step: int) -> None:
+        """Validation and samples, where it is their turn."""
+        turns = ((self.recipe.eval_every, self.validate), (self.recipe.sample_every, self.draw_samples))
+        for every, action in turns:
+            if every and (step % every == 0 or step == self.recipe.max_steps):
+                self.model.eval()
+                action(step)
+                self.model.train()
+
+    def validate(self, step: int) -> None:
+        """The loss on the validation windows, and the benchmarks of `eval_tasks`; every process does its share."""
+        recipe, tokens = self.recipe, step * self.recipe.global_batch_tokens
+        share = {"rank": self.rank, "world_size": self.world_size}
+        batches = validation_batches(
+            self.dataset.split("val"), seq_len=recipe.seq_len, max_tokens=recipe.eval_tokens,
+            micro_batch_size=recipe.micro_batch_size, vocab_size=self.config.vocab_size, device=self.device, **share,
         )  # fmt: skip
-        bar.set_postfix_str(f"loss {train_loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
-        bar.update()
+        add = (lambda tensor: self.accelerator.reduce(tensor, "sum")) if self.world_size > 1 else None
+        loss, counted = validation_loss(self.raw, batches, reduce=add)
+        perplexity = math.exp(min(loss, 700.0))
+        self.metrics.write(step, "val", loss=loss, perplexity=perplexity, eval_tokens=counted, tokens=tokens)
+        self.show(f"step {step:>6}  validation loss {loss:.4f}, perplexity {perplexity:,.1f}")
+        comparable = has_expected_loss(self.dataset.info, self.config, init_from=recipe.init_from)
+        if comparable and (warning := loss_warning(tokens, loss)):
+            self.metrics.write(step, "warning", text=warning, loss=loss, tokens=tokens)
+            self.show(f"step {step:>6}  warning: {warning}")
+        if self.tasks and step:
+            # A sharded model runs on all processes at once or on none, so there each one scores every item.
+            split = {} if self.sharded else {"gather_object": gather_object, **share}
+            with self.accelerator.autocast():
+                rows = evaluate_tasks(self.raw, self.tasks, **split)
+            for row in rows:
+                self.metrics.write(step, "eval", tokens=tokens, **row)
+                self.show(f"step {step:>6}  " + ", ".join(f"{name} {value}" for name, value in row.items()))
 
-        last_step = step == recipe.max_steps
-        if recipe.eval_every and (step % recipe.eval_every == 0 or last_step):
-            validate(step)
-        if recipe.sample_every and (step % recipe.sample_every == 0 or last_step):
-            draw_samples(step)
-        if step % recipe.save_every == 0 or last_step or stopping_ranks:
-            save(step)
-            saved = step
-        if pushes:
-            report_pushes(step, pushes.finished())
-        if stopping_ranks:
-            break
-        watchdog.step = step
-        began = time.perf_counter()
-    bar.close()
-    batches.close()
-    watchdog.stop()
-    stopped = saved < recipe.max_steps
-    if pushes:
-        report_pushes(step, pushes.wait(0 if stopped else PUSH_WAIT_SECONDS))
-    for tracker in accelerator.trackers:
-        tracker.finish()
+    def draw_samples(self, step: int) -> None:
+        """The same prompt every time; on every process, because a sharded model needs all of them to run."""
+        texts = sample(
+            self.raw, self.tokenizer, self.recipe.sample_prompt, num_samples=self.recipe.num_samples,
+            max_new_tokens=self.recipe.sample_tokens, seed=self.recipe.seed,
+        )  # fmt: skip
+        self.metrics.write(step, "sample", prompt=self.recipe.sample_prompt, texts=texts)
+        for text in texts:
+            self.show(f"step {step:>6}  sample: {' '.join(text.split())}")
 
-    # ---- the end -------------------------------------------------------------------------------------------
-    if accelerator.is_main_process:
-        print(summary(run_dir, step=step, stopped=stopped))
-    return STOPPED_BY_SIGNAL if stopped else 0
+    def save(self, step: int) -> None:
+        """A checkpoint, which is pushed to the Hub in the background where it is its turn."""
+        recipe, began = self.recipe, time.perf_counter()
+        checkpoint = save_checkpoint(
+            self.folder, step, model=self.raw, optimizer=self.optimizer.optimizer, tokenizer=self.tokenizer,
+            accelerator=self.accelerator, keep_last=recipe.keep_last, keep_every=recipe.keep_every,
+            state={"tokens": step * recipe.global_batch_tokens, "dataset_fingerprint": self.dataset.fingerprint},
+        )  # fmt: skip
+        seconds = time.perf_counter() - began
+        self.metrics.write(step, "checkpoint", seconds=seconds)
+        self.show(f"step {step:>6}  saved in {seconds:.1f} s")
+        if self.pushes and (step == recipe.max_steps or (recipe.hub_every and step % recipe.hub_every == 0)):
+            self.pushes.submit(checkpoint)
+
+    def report_pushes(self, step: int, rows: list[dict]) -> None:
+        for row in rows:
+            self.metrics.write(step, "push", **row)
+            outcome = f"to {row['url']}" if "url" in row else f"failed: {row['error']}"
+            self.show(f"step {step:>6}  push of step {row['checkpoint_step']} {outcome}")
+
+    def show(self, line: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(line)
+
+    # ---- what is said and recorded of it -------------------------------------------------------------------
+
+    def facts(self) -> dict[str, dict]:
+        """What run.json keeps of the dataset and the model."""
+        sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+        dataset = {
+            "dir": self.recipe.dataset_dir, "fingerprint": self.dataset.fingerprint,
+            "train_tokens": self.loader.stream.tokens, "source": self.dataset.info.get("source"),
+        }  # fmt: skip
+        model = {"parameters": self.n_parameters, **{name: getattr(self.config, name) for name in sizes}}
+        return {"dataset": dataset, "model": model}
+
+    def description(self, found: Path | None) -> str:
+        """What is about to happen, before the first step."""
+        recipe, precision = self.recipe, self.accelerator.mixed_precision
+        return (
+            f"{recipe.output_dir}: {self.n_parameters:,} parameters, {self.loader.stream.tokens:,} training tokens, "
+            f"step {self.first_step} to {recipe.max_steps}" + (f", resumed from {found}" if found else "") + "\n"
+            f"{self.world_size} x {self.device.type}, {precision} mixed precision, "
+            f"{'compiled' if self.compiled else 'eager'}; {recipe.global_batch_tokens:,} tokens a step = "
+            f"{self.world_size} processes x {self.loader.accumulation} micro steps x {recipe.micro_batch_size} "
+            f"sequences x {recipe.seq_len} tokens\n"
+            + memory_report(
+                recipe, self.config, n_parameters=self.n_parameters, bf16=precision == "bf16",
+                chunked_loss=self.loss_impl == "chunked", processes=self.world_size, sharded=self.sharded,
+                device=self.device,
+            )
+        )  # fmt: skip
 
 
-def check_resume(recipe, found: Path, record: dict, fingerprint: str) -> None:
+def check_resume(recipe: Recipe, found: Path, record: dict, fingerprint: str) -> None:
     """Refuse a checkpoint of another dataset, or one that lies at or past the end of another run."""
     if record["dataset_fingerprint"] != fingerprint:
         raise ValueError(f"{found} was trained on another dataset: start from its weights with --init_from")
@@ -370,7 +407,7 @@ def check_resume(recipe, found: Path, record: dict, fingerprint: str) -> None:
         raise ValueError(f"{found} is at step {record['step']}, max_steps is {end}: give more steps")
 
 
-def prepare_dataset(recipe, *, world_size: int) -> None:
+def prepare_dataset(recipe: Recipe, *, world_size: int) -> None:
     """Make `dataset_dir` from the recipe's source; not from the Hub while other processes wait for it."""
     if world_size > 1 and recipe.source not in ("python-docs", "files"):
         raise ValueError(
