@@ -123,8 +123,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """The summed cross-entropy of N tokens without the logits of all of them at once.
 
     The forward walks over chunks of tokens. It turns the logits of a chunk into the chunk's share of both gradients
-    and forgets them; the backward only scales. Softmax, loss and the head's gradient are fp32, matmuls run in the
-    type of the hidden states.
+    and forgets them; the backward only scales. Softmax, loss and the sum of the head's gradient are fp32; matmuls run,
+    and gradients wait for the backward, in the type of the hidden states.
     """
 
     @staticmethod
@@ -148,13 +148,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad_hidden.append(grad @ head * kept)
                 grad_head += grad.t() @ (hidden * kept)
         if with_gradients:
-            ctx.save_for_backward(torch.cat(grad_hidden), grad_head[:V].to(weight.dtype))
+            ctx.weight_dtype = weight.dtype
+            ctx.save_for_backward(torch.cat(grad_hidden), grad_head[:V].to(head.dtype))
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad_loss, grad_head * grad_loss, None, None, None, None
+        grad_head = (grad_head * grad_loss[None, None]).to(ctx.weight_dtype)  # of two dimensions: the product is fp32
+        return grad_hidden * grad_loss, grad_head, None, None, None, None
 
 
 class GPT2ReproPreTrainedModel(PreTrainedModel):

@@ -27,9 +27,7 @@ def step_profiler(path: Path, *, steps: int, device: torch.device, show: Callabl
 
     def finish(profiler: profile) -> None:
         profiler.export_chrome_trace(str(path))
-        for line in costliest(profiler, device):
-            show(line)
-        show(f"trace of {steps} steps in {path}")
+        show("\n".join([*costliest(profiler, device), f"trace of {steps} steps in {path}"]))
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     profiler = profile(
