@@ -5,7 +5,7 @@ PY := .venv/bin/python
 DEMO ?=
 RUN ?= runs/demo
 
-.PHONY: demo test check slow clean
+.PHONY: demo test check slow bench verify-gpt2 clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,6 +25,12 @@ slow: .venv/.installed  ## the long campaigns
 check: .venv/.installed  ## lint and types
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+
+bench: .venv/.installed  ## everything about speed on this machine in ten minutes, into $$OUT or runs/bench
+	$(PY) -m benchmarks.gpu_suite --output $${OUT:-runs/bench}
+
+verify-gpt2: .venv/.installed  ## the released GPT-2 124M through conversion and scoring; needs the network
+	$(PY) -m eval.verify_gpt2
 
 clean:
 	rm -rf .venv runs data build dist *.egg-info

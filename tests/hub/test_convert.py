@@ -145,6 +145,10 @@ def test_a_checkpoint_of_a_run_comes_back_from_stock_byte_for_byte(unbroken_run,
     assert words[0] == words[1]
 
 
+def test_the_stock_export_has_the_names_that_older_readers_look_for(stock):
+    assert to_stock(from_stock(stock)).config.to_dict()["n_ctx"] == TINY["n_positions"]
+
+
 def test_an_old_pickle_of_bare_names_and_masks_gives_the_same_logits(stock, stock_folder, tmp_path, tiny_dataset):
     assert main([str(stock_folder), str(tmp_path / "ours"), "--to", "gpt2repro"]) == 0
     ours = load_as_gpt2repro(tmp_path / "ours")
