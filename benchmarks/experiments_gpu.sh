@@ -5,8 +5,8 @@
 #   benchmarks/experiments_gpu.sh 'path/to/corpus/train-*.jsonl.zst' TOKENIZER runs/experiments-gpu [MAX_STEPS]
 #
 # Sized for 20 minutes of an H100: 14 runs of MAX_STEPS, 300 by default, of 65,536 tokens (three of them of 225) are
-# 261M tokens, 9.3 minutes at llm.c's 468k tokens/s, and about 40 s a run to start and compile. TOKENIZER is a folder or
-# a Hub id with GPT-2's.
+# 261M tokens, 9.3 minutes at llm.c's 468k tokens/s, and about 40 s a run to start and compile. TOKENIZER is a folder
+# or a Hub id with GPT-2's.
 set -eu
 corpus=$1 tokenizer=$2 out=$3 steps=${4:-300}
 python=${PYTHON:-.venv/bin/python}
