@@ -307,6 +307,11 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: `skip_logits=True` without targets; an unknown `loss_impl`, or "chunked" with logits.
         """
+        has_targets, chunked = labels is not None or shift_labels is not None, loss_impl == "chunked"
+        if loss_impl not in ("plain", "chunked") or (chunked and not skip_logits):
+            raise ValueError(f"loss_impl is {loss_impl!r}: give 'plain', or 'chunked' together with skip_logits=True")
+        if skip_logits and not has_targets:
+            raise ValueError("skip_logits=True returns the loss alone: give labels or shift_labels")
         outputs = self.transformer(
             input_ids,
             attention_mask=attention_mask,
@@ -317,12 +322,6 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        has_targets = labels is not None or shift_labels is not None
-        chunked = loss_impl == "chunked"
-        if loss_impl not in ("plain", "chunked") or (chunked and not skip_logits):
-            raise ValueError(f"loss_impl is {loss_impl!r}: give 'plain', or 'chunked' together with skip_logits=True")
-        if skip_logits and not has_targets:
-            raise ValueError("skip_logits=True returns the loss alone: give labels or shift_labels")
         logits = loss = None
         if skip_logits and not chunked:
             logits = self._padded_logits(hidden_states)
@@ -330,8 +329,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept, :])
         if chunked:
-            targets = F.pad(labels, (0, 1), value=-100)[:, 1:] if shift_labels is None else shift_labels
-            loss = self._chunked_loss(hidden_states, targets, num_items_in_batch)
+            loss = self._chunked_loss(hidden_states, labels, shift_labels, num_items_in_batch)
         elif has_targets:
             loss = self.loss_function(
                 logits,
@@ -358,14 +356,15 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         missing = -weight.shape[0] % self.config.pad_vocab_size_multiple_of
         return F.linear(hidden_states, F.pad(weight, (0, 0, 0, missing)))[..., : weight.shape[0]]
 
-    def _chunked_loss(self, hidden_states, targets, num_items_in_batch):
-        """(B, T, C), (B, T) -> () through `ChunkedCrossEntropy`, in autocast's type where that is on.
+    def _chunked_loss(self, hidden_states, labels, shift_labels, num_items_in_batch):
+        """(B, T, C) and targets (B, T) -> () through `ChunkedCrossEntropy`, in autocast's type where that is on.
 
         An eighth of the tokens at a time: few enough chunks to compile as one graph, and for each of them the head's
         gradient is read and written once. Below 512 tokens a chunk that traffic outweighs what is saved.
         """
         weight, device = self.lm_head.weight, hidden_states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        targets = F.pad(labels, (0, 1), value=-100)[:, 1:] if shift_labels is None else shift_labels
         targets = targets.reshape(-1)  # (N,)
         loss = ChunkedCrossEntropy.apply(
             hidden_states.flatten(0, 1).to(dtype),

@@ -60,8 +60,8 @@ def from_stock(stock: GPT2LMHeadModel) -> GPT2ReproForCausalLM:
 def to_stock(model: GPT2ReproForCausalLM) -> GPT2LMHeadModel:
     """The same network as a stock `GPT2LMHeadModel`, in evaluation mode; it loads anywhere without our code."""
     fields = {name: getattr(model.config, name) for name in SHARED_FIELDS}
-    # llama.cpp's converter reads the older name, which the library no longer writes by itself.
-    return _fill(GPT2LMHeadModel, GPT2Config(**fields, n_ctx=model.config.n_positions), model)
+    fields["n_ctx"] = model.config.n_positions  # the older name that llama.cpp's converter reads
+    return _fill(GPT2LMHeadModel, GPT2Config(**fields), model)
 
 
 def load_as_gpt2repro(

@@ -127,8 +127,9 @@ class Recipe:
         at_least = {
             "seq_len": 1, "global_batch_tokens": 1, "micro_batch_size": 1, "max_steps": 1, "warmup_steps": 0,
             "eval_every": 0, "eval_tokens": 1, "sample_every": 0, "sample_tokens": 1, "num_samples": 1,
-            "save_every": 1, "keep_last": 0, "keep_every": 0, "hub_every": 0, "max_bad_steps": 1, "seed": 0, "profile_steps": 0,
-            "learning_rate": 0, "weight_decay": 0, "grad_clip": 0, "outlier_z": 0, "watchdog_minutes": 0,
+            "save_every": 1, "keep_last": 0, "keep_every": 0, "hub_every": 0, "max_bad_steps": 1, "seed": 0,
+            "profile_steps": 0, "learning_rate": 0, "weight_decay": 0, "grad_clip": 0, "outlier_z": 0,
+            "watchdog_minutes": 0,
         }  # fmt: skip
         found += [f"{name} is {getattr(self, name)}: give at least {low}" for name, low in at_least.items()
                   if not getattr(self, name) >= low]  # fmt: skip
@@ -167,7 +168,7 @@ class Recipe:
             )
         if self.profile_steps > 0 and self.profile_steps + 4 > self.max_steps:
             found.append(
-                f"profile_steps={self.profile_steps} are taken after 4 others, max_steps={self.max_steps} ends before: "
+                f"profile_steps={self.profile_steps} are taken after 4 others, max_steps={self.max_steps} is less: "
                 "lower profile_steps or raise max_steps"
             )
         if self.eval_tasks and not self.eval_every:

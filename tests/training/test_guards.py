@@ -38,7 +38,7 @@ def test_no_step_is_an_outlier_when_the_rule_is_off_or_the_window_not_full():
 
 
 def test_a_resumed_run_judges_as_the_unbroken_one():
-    rows = history(160) + [{"loss": None, "grad_norm": 0.4}] + history(60, seed=1)
+    rows = [*history(160), {"loss": None, "grad_norm": 0.4}, *history(60, seed=1)]
     unbroken = BadSteps(Recipe(outlier_z=2.0, max_bad_steps=100))
     judged = [unbroken.reason(step, r["loss"] or math.nan, r["grad_norm"]) for step, r in enumerate(rows, start=1)]
     resumed = BadSteps(Recipe(outlier_z=2.0, max_bad_steps=100), rows[:200])
