@@ -4,6 +4,9 @@ PY := .venv/bin/python
 # Other fields of the demonstration's recipe, e.g. make demo DEMO="--max_steps 20 --output_dir runs/short" RUN=runs/short
 DEMO ?=
 RUN ?= runs/demo
+# make bench OUT=DIR BENCH="--dataset DIR --hellaswag FILE --tokenizer DIR"
+OUT ?= runs/bench
+BENCH ?=
 
 .PHONY: demo test check slow bench verify-gpt2 clean
 
@@ -26,8 +29,8 @@ check: .venv/.installed  ## lint and types
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
-bench: .venv/.installed  ## everything about speed on this machine in ten minutes, into $$OUT or runs/bench
-	$(PY) -m benchmarks.gpu_suite --output $${OUT:-runs/bench}
+bench:  ## checks, then every benchmark of this machine; no .venv, since a bare GPU machine cannot make one
+	$(PYTHON) -m benchmarks.gpu_suite --output $(OUT) $(BENCH)
 
 verify-gpt2: .venv/.installed  ## the released GPT-2 124M through conversion and scoring; needs the network
 	$(PY) -m eval.verify_gpt2
