@@ -160,7 +160,7 @@ class Run:
             raw = load_as_gpt2repro(recipe.init_from, vocab_size=self.config.vocab_size)
         else:
             raw = GPT2ReproForCausalLM(self.config)
-        check_init_from(recipe, raw.config, self.config)
+        check_init_from(recipe, raw, self.config)
         raw.set_attn_implementation(recipe.attn_implementation)
         raw.train().to(self.device)
         if recipe.gradient_checkpointing:
@@ -179,7 +179,8 @@ class Run:
     def go_on(self) -> None:
         """Resume where there is something to resume from; then, and not before, make the folder this run's."""
         recipe, self.first_step = self.recipe, 0
-        found = find_checkpoint(self.folder, recipe.resume)
+        # Found once for all: to each process of its own a shared disk may show another newest one.
+        found = on_main_process(self.accelerator, lambda: find_checkpoint(self.folder, recipe.resume))
         if found:
             saved = load_checkpoint(found, model=self.raw, optimizer=self.optimizer.optimizer)
             self.first_step = saved["step"]
@@ -189,10 +190,12 @@ class Run:
         self.pushes: BackgroundPush | None = None  # on the main process of a run with a hub_repo_id
 
         def open_folder() -> None:
-            if recipe.hub_repo_id:  # a missing token or right is an error now, not in an hour
-                self.pushes = BackgroundPush(writable_repo(recipe.hub_repo_id), run_dir=self.folder)
+            # A missing token or right is an error now, not in an hour.
+            repo_id = writable_repo(recipe.hub_repo_id) if recipe.hub_repo_id else None
             # Held open, the record keeps other starts out of the folder while this one lives.
             self.held = write_run_record(self.folder, self.record, world_size=self.world_size)
+            if repo_id:
+                self.pushes = BackgroundPush(repo_id, run_dir=self.folder)
             go_on_from(self.folder, found, step=self.first_step)
             write_recipe(recipe, self.folder / "recipe.yaml")
             self.metrics = MetricsLog(metrics_file, step=self.first_step)
@@ -213,7 +216,8 @@ class Run:
     def train(self) -> int:
         """All steps with what happens between them; returns the exit code."""
         recipe, accelerator, metrics = self.recipe, self.accelerator, self.metrics
-        self.stop, watchdog = StopSignal(), Watchdog(recipe.watchdog_minutes, rank=self.rank)
+        self.stop = StopSignal()
+        watchdog = Watchdog(recipe.watchdog_minutes, rank=self.rank, step=self.first_step)
         self.batches = self.loader.batches(self.first_step)
         shape = {name: getattr(self.config, name) for name in ("n_positions", "n_layer", "n_embd")}
         flops = flops_per_token(n_parameters=self.n_parameters, seq_len=recipe.seq_len, **shape)
@@ -258,7 +262,8 @@ class Run:
         watchdog.stop()
         stopped = saved < recipe.max_steps
         if self.pushes:
-            self.report_pushes(step, self.pushes.wait(0 if stopped else PUSH_WAIT_SECONDS))
+            seconds = 0 if stopped else PUSH_WAIT_SECONDS
+            self.report_pushes(step, self.pushes.wait(seconds, give_up=lambda: self.stop.received > 0))
         for tracker in accelerator.trackers:
             tracker.finish()
         accelerator.print(summary(self.folder, step=step, stopped=stopped))
@@ -317,7 +322,7 @@ class Run:
             micro_batch_size=recipe.micro_batch_size, vocab_size=self.config.vocab_size, device=self.device, **share,
         )  # fmt: skip
         add = (lambda tensor: self.accelerator.reduce(tensor, "sum")) if self.world_size > 1 else None
-        loss, counted = validation_loss(self.raw, batches, reduce=add)
+        loss, counted = validation_loss(self.raw, batches, reduce=add, loss_impl=self.loss_impl)
         perplexity = math.exp(min(loss, 700.0))
         self.metrics.write(step, "val", loss=loss, perplexity=perplexity, eval_tokens=counted, tokens=tokens)
         self.show(f"step {step:>6}  validation loss {loss:.4f}, perplexity {perplexity:,.1f}")

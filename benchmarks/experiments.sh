@@ -8,7 +8,7 @@
 # a folder: sweep.json, sweep.png and a log beside every run. LEARNING_RATE and MUON_LEARNING_RATE are the best of the
 # first two sweeps, looked up in their sweep.json.
 set -eu
-corpus=$1 out=$2 steps=${3:-500}
+corpus=$(realpath -m "$1") out=$(realpath -m "$2") steps=${3:-500}
 python=${PYTHON:-.venv/bin/python}
 cd "$(dirname "$0")/.."
 mkdir -p "$out"

@@ -8,7 +8,7 @@
 # 261M tokens, 9.3 minutes at llm.c's 468k tokens/s, and about 40 s a run to start and compile. TOKENIZER is a folder
 # or a Hub id with GPT-2's.
 set -eu
-corpus=$1 tokenizer=$2 out=$3 steps=${4:-300}
+corpus=$(realpath -m "$1") tokenizer=$(realpath -m "$2") out=$(realpath -m "$3") steps=${4:-300}
 python=${PYTHON:-.venv/bin/python}
 cd "$(dirname "$0")/.."
 
@@ -44,7 +44,6 @@ muon=(--optimizer muon --muon_learning_rate "$MUON_LEARNING_RATE")
 # ---- the best of both with three seeds, and Muon on three quarters of the tokens -------------------------------
 for name in adamw muon; do
     cp "$out/$name/sweep.json" "$out/$name/rates.json"
-    cp "$out/$name/sweep.png" "$out/$name/rates.png"
 done
 sweep adamw --set "learning_rate=$LEARNING_RATE" --seeds 3
 sweep muon --set "muon_learning_rate=$MUON_LEARNING_RATE" --seeds 3 --optimizer muon --learning_rate "$LEARNING_RATE"

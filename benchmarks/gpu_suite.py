@@ -17,6 +17,7 @@ A prepared dataset (--dataset) makes a short real training run one of the parts;
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,9 +79,9 @@ def parts(arguments: argparse.Namespace, out: Path) -> list[Part]:
 
 
 def training_run(arguments: argparse.Namespace, out: Path) -> list[str]:
-    """A short real run on prepared shards, profiled; its metrics come back as training.jsonl."""
+    """A short real run on prepared shards, profiled; `main` keeps its metrics as training.jsonl."""
     run_dir = out / ".run"
-    sizes = (64, 2, 8, 256, 2, 4) if arguments.tiny else (1024, 64, 60, 524288, 20, 30)
+    sizes = (64, 2, 8, 256, 2, 4) if arguments.tiny else (1024, 64, 30, 524288, 10, 15)
     seq_len, micro_batch_size, max_steps, global_batch_tokens, warmup_steps, every = sizes
     fields = {
         "output_dir": run_dir, "dataset_dir": arguments.dataset, "model": "demo" if arguments.tiny else "gpt2",
@@ -89,14 +90,7 @@ def training_run(arguments: argparse.Namespace, out: Path) -> list[str]:
         "eval_tokens": 4 * micro_batch_size * seq_len, "sample_every": 0, "save_every": every, "profile_steps": 2,
     }  # fmt: skip
     words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
-    script = (
-        "import pathlib, shutil, subprocess, sys\n"
-        f"code = subprocess.run([sys.executable, 'train_accelerate.py', *{words!r}]).returncode\n"
-        f"shutil.copy({str(run_dir / 'metrics.jsonl')!r}, {str(out / 'training.jsonl')!r})\n"
-        f"shutil.rmtree({str(run_dir)!r})\n"
-        "sys.exit(code)\n"
-    )
-    return [sys.executable, "-c", script]
+    return [sys.executable, "train_accelerate.py", *words]
 
 
 def run_part(part: Part, log_path: Path, *, seconds: float) -> dict:
@@ -118,8 +112,8 @@ def run_part(part: Part, log_path: Path, *, seconds: float) -> dict:
             process.wait()
             ended = "cut off"
         log.seek(start)
-        last = (log.read().splitlines() or [""])[-1]
-    figures = json.loads(last) if ended == "done" and last.startswith("{") else None
+        lines = [line for line in log.read().splitlines() if line.startswith("{")]
+    figures = json.loads(lines[-1]) if ended == "done" and lines else None
     return {"part": part.name, "seconds": round(time.perf_counter() - began, 1), "ended": ended, "figures": figures}
 
 
@@ -148,6 +142,10 @@ def main() -> None:
             ended = run_part(part, log_path, seconds=left if arguments.tiny else min(left, 60 * part.minutes))
         else:
             ended = {"part": part.name, "seconds": 0.0, "ended": "no time left", "figures": None}
+        if (out / ".run").exists():
+            if (out / ".run" / "metrics.jsonl").exists():
+                shutil.copy(out / ".run" / "metrics.jsonl", out / "training.jsonl")
+            shutil.rmtree(out / ".run")
         print(f"{ended['part']:12} {ended['seconds']:6.1f} s  {ended['ended']}", flush=True)
         figures["parts"].append(ended)
         write_json(out / "suite.json", figures)  # after every part: a machine that goes away leaves what it had

@@ -11,6 +11,7 @@ import argparse
 import gc
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -127,7 +128,7 @@ def main() -> None:
     print(json.dumps(figures))
     if arguments.json:
         write_json(arguments.json, figures)
-    if arguments.png:
+    if arguments.png and find_spec("matplotlib"):  # which a bare GPU machine may not have
         draw(figures, arguments.png)
 
 

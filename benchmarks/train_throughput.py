@@ -9,8 +9,11 @@ and one JSON line after it.
 """
 
 import argparse
+import gc
 import itertools
 import json
+
+import torch
 
 from benchmarks.training_step import (
     Variant,
@@ -50,7 +53,16 @@ def compare(arguments: argparse.Namespace) -> dict:
         )
         for name in arguments.variants
     }  # fmt: skip
-    seconds = time_in_turns(steps, rounds=arguments.rounds)
+    seconds = None
+    while seconds is None:
+        try:
+            seconds = time_in_turns(steps, rounds=arguments.rounds)
+        except torch.OutOfMemoryError:
+            if len(steps) == 1:
+                raise
+            print(f"{steps.popitem()[0]}: left out, the memory is used up")
+            gc.collect()
+            torch.cuda.empty_cache()
     variants = {}
     for name, values in seconds.items():
         clocks, processors = zip(*values, strict=True)

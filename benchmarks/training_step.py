@@ -11,6 +11,7 @@ import ctypes
 import gc
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -147,7 +148,7 @@ def step_memory(step: Step, device: torch.device) -> dict[str, int]:
         peak = _status_bytes("VmHWM")
     else:
         return {}
-    return {"above_state": peak - before - gradients, "peak": peak}
+    return {"above_state": peak - before - gradients}
 
 
 def _status_bytes(field: str) -> int:
@@ -156,8 +157,10 @@ def _status_bytes(field: str) -> int:
 
 def machine(device: torch.device) -> dict:
     """Commit, hardware and versions: what every result names."""
-    git = {"capture_output": True, "text": True, "cwd": Path(__file__).parent}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **git).stdout.strip()
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     cuda = device.type == "cuda"
     return {
         "commit": commit or "unknown",

@@ -172,7 +172,7 @@ def check_learning_rate(recipe: Recipe, n_parameters: int) -> Check:
 
 
 def check_warmup(recipe: Recipe) -> Check:
-    share = lr_at(0, recipe) / recipe.learning_rate
+    share = lr_at(0, recipe) / (recipe.learning_rate or math.inf)
     most = 0.5 if recipe.init_from else 0.1
     return Check("warm-up", share <= most, f"the first step has {share:.1%} of the peak", f"at most {most:.0%}")
 
@@ -254,7 +254,7 @@ def examine(
         model = load_as_gpt2repro(recipe.init_from, vocab_size=config.vocab_size)
     else:
         model = GPT2ReproForCausalLM(config)
-    check_init_from(recipe, model.config, config)
+    check_init_from(recipe, model, config)
     model.set_attn_implementation(recipe.attn_implementation)
     model.eval().to(device)
     n_parameters = model.num_parameters()
@@ -334,7 +334,9 @@ def measure_speed(recipe: Recipe, model: GPT2ReproForCausalLM, batch: tuple, *, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", help="the recipe's YAML; every field of it is also a flag")
     parser.add_argument("--processes", type=int, default=1, help="how many will train (default: 1)")
     parser.add_argument("--sharded", action="store_true", help="each of them holds a part of every tensor (FSDP2)")

@@ -23,20 +23,21 @@ Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 @torch.no_grad()
 def validation_loss(
-    model, batches: Batches, *, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
+    model, batches: Batches, *, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None, loss_impl: str = "plain"
 ) -> tuple[float, int]:
     """Mean loss in nats per token over `batches`, and the number of tokens that it is the mean of.
 
     `batches` yields (input_ids, targets), both (B, T) int64 on the model's device; targets are the next tokens, -100
     where none is counted. Every token has the same weight, whatever batch it came in. `reduce` sums a tensor over the
-    processes of a run. Batches of one shape let a compiled model run as it is: one more graph, however many rounds.
+    processes of a run, `loss_impl` is the model's. Batches of one shape let a compiled model run as it is: one more
+    graph, however many rounds.
 
     Raises:
         ValueError: no token to count.
     """
     loss_and_count = []  # (2,) each, left on the device: reading one would stop the queue of kernels at every batch
     for input_ids, targets in batches:
-        loss = _summed_loss(model, input_ids, targets)
+        loss = _summed_loss(model, input_ids, targets, loss_impl)
         loss_and_count.append(torch.stack([loss.float(), (targets != -100).sum().float()]))
     if not loss_and_count:  # this process has no share, but the others wait for it in `reduce`
         loss_and_count.append(torch.zeros(2, device=next(model.parameters()).device))
@@ -52,10 +53,13 @@ def validation_loss(
     return loss_sum / tokens, int(tokens)
 
 
-def _summed_loss(model, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _summed_loss(model, input_ids: torch.Tensor, targets: torch.Tensor, loss_impl: str) -> torch.Tensor:
     """The sum of the cross-entropies of a batch, in nats."""
-    if model.config.model_type == "gpt2repro":  # the training call, so that a compiled run has this graph already
-        return model(input_ids, shift_labels=targets, num_items_in_batch=1, skip_logits=True, use_cache=False).loss
+    if model.config.model_type == "gpt2repro":  # as in training: what fits there fits here
+        return model(
+            input_ids, shift_labels=targets, num_items_in_batch=1, use_cache=False, skip_logits=True,
+            loss_impl=loss_impl,
+        ).loss  # fmt: skip
     logits = model(input_ids, use_cache=False).logits  # (B, T, V)
     # Row by row: the float32 copy of all logits at once would be the largest tensor of the whole evaluation.
     rows = zip(logits, targets, strict=True)

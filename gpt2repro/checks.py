@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import PreTrainedModel
 
 from configuration_gpt2repro import NAMED_SHAPES, GPT2ReproConfig
 from gpt2repro.data.shards import Dataset, tokenizer_sha256
@@ -65,11 +67,15 @@ def check_dataset(recipe: Recipe, dataset: Dataset) -> None:
         raise ValueError(f"tokenizer is {wanted}, but {folder} has another one ({made_with or 'named'}): {advice}")
 
 
-def check_init_from(recipe: Recipe, found: GPT2ReproConfig, wanted: GPT2ReproConfig) -> None:
-    """Refuse weights of another shape than the recipe's; a no-op for a run that starts from its own."""
+def check_init_from(recipe: Recipe, model: PreTrainedModel, wanted: GPT2ReproConfig) -> None:
+    """Refuse weights of another shape than the recipe's, and give the model the recipe's dropout."""
+    found = model.config
     names = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
     wrong = [f"{n} is {getattr(found, n)} there, {getattr(wanted, n)} here" for n in names
              if getattr(found, n) != getattr(wanted, n)]  # fmt: skip
     if wrong:
         raise ValueError(f"init_from {recipe.init_from} is of another shape: {'; '.join(wrong)}")
     found.resid_pdrop = found.embd_pdrop = found.attn_pdrop = recipe.dropout
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):  # made with the checkpoint's
+            module.p = recipe.dropout

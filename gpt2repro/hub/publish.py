@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO, Any
@@ -144,16 +145,18 @@ class BackgroundPush:
         rows, self._rows = self._rows, []
         return rows
 
-    def wait(self, seconds: float) -> list[dict[str, Any]]:
-        """Give what runs and waits at most `seconds`, then end it; the rows of all that had none yet."""
+    def wait(self, seconds: float, *, give_up: Callable[[], bool] = lambda: False) -> list[dict[str, Any]]:
+        """Give what runs and waits at most `seconds`, or until `give_up()`, then end it; the rows that are left."""
         deadline, rows = time.monotonic() + seconds, self.finished()
         while self._running:
             try:
-                self._running[0].wait(max(0.0, deadline - time.monotonic()))
+                self._running[0].wait(max(0.0, min(1.0, deadline - time.monotonic())))
             except subprocess.TimeoutExpired:
+                if time.monotonic() < deadline and not give_up():
+                    continue
                 self._running[0].kill()
                 self._running[0].wait()
-                self._end(f"not finished when the run ended, after {seconds:.0f} s more")
+                self._end("not finished when the run ended")
                 break
             rows += self.finished()
         if self._waiting:

@@ -104,8 +104,8 @@ class Watchdog:
     several processes those that wait for another say so (they stand in a collective), and the other one where it is.
     """
 
-    def __init__(self, minutes: float, *, rank: int) -> None:
-        self.step = 0
+    def __init__(self, minutes: float, *, rank: int, step: int = 0) -> None:
+        self.step = step
         self._seconds, self._rank = minutes * 60, rank
         self._over = threading.Event()
         if minutes:
@@ -133,18 +133,19 @@ class Watchdog:
                 os._exit(1)
 
 
-def on_main_process(accelerator: Accelerator, action: Callable[[], None]) -> None:
-    """Run `action` on the main process while the others wait for it.
+def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
+    """Run `action` on the main process while the others wait for it; what it returns, on all of them.
 
     Raises:
         ValueError: on every process, with the main one's message, when it failed there.
     """
-    message: list[str | None] = [None]
+    outcome: list[Any] = [None, None]  # what came back, and the message of a failure
     if accelerator.is_main_process:
         try:
-            action()
+            outcome[0] = action()
         except (OSError, ValueError) as error:
-            message = [str(error)]
-    broadcast_object_list(message)
-    if message[0] is not None:
-        raise ValueError(message[0])
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    return outcome[0]

@@ -5,11 +5,12 @@ that the device has. Accelerate's own default `no` is no asking.
 """
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from gpt2repro.training.arguments import Recipe, accumulation_steps
@@ -24,7 +25,8 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     """
     use_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     # `accelerate launch --cpu --num_processes 2` sets an address for the others, but starts none of them.
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+    several = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if several and "WORLD_SIZE" not in os.environ:
         raise ValueError(
             "accelerate launch was asked for several processes and started one (it does so for --cpu): "
             "use --config_file accelerate_configs/cpu_2proc.yaml, or torchrun --nproc_per_node 2"
@@ -42,7 +44,11 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         fsdp_plugin=_sharding(precision),
         log_with=list(recipe.log_with) or None,
         project_dir=recipe.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            # Beyond the watchdog's minutes, which NCCL's own ten would always come before.
+            InitProcessGroupKwargs(timeout=timedelta(minutes=max(60.0, 2 * recipe.watchdog_minutes))),
+        ],
     )
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != world_size:

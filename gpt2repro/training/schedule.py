@@ -63,7 +63,9 @@ def draw_schedule(recipe: Recipe, png: str | Path, *, title: str = "") -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", help="the recipe's YAML; every field of it is also a flag")
     parser.add_argument("--output", required=True, help="write the picture to this PNG file")
     arguments, fields = parser.parse_known_args()

@@ -13,6 +13,7 @@ import itertools
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -111,7 +112,9 @@ def draw(results: list[dict[str, Any]], png: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", help="the recipe's YAML; every field of it is also a flag")
     parser.add_argument("--set", action="append", required=True, metavar="FIELD=VALUES", help="values by commas")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each setting, from the recipe's seed on")
@@ -146,8 +149,10 @@ def main() -> int:
         results.append(summarise(setting, folders))
     output = Path(arguments.output)
     (output / "sweep.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    draw(results, output / "sweep.png")
-    print(f"\n{table(results)}\n\n{output / 'sweep.json'}, {output / 'sweep.png'}")
+    print(f"\n{table(results)}\n\n{output / 'sweep.json'}")
+    if find_spec("matplotlib"):
+        draw(results, output / "sweep.png")
+        print(output / "sweep.png")
     return 1 if failed else 0
 
 
