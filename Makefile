@@ -1,7 +1,7 @@
 # Two commands set everything up on a fresh machine: `make demo` and `make test`. Both make .venv when it is needed.
 PYTHON ?= python3
 PY := .venv/bin/python
-# Other fields of the demonstration's recipe, e.g. make demo DEMO="--max_steps 20 --output_dir runs/short" RUN=runs/short
+# Other fields of the demonstration's recipe, e.g. make demo DEMO="--max_steps 40 --output_dir runs/short" RUN=runs/short
 DEMO ?=
 RUN ?= runs/demo
 # make bench OUT=DIR BENCH="--dataset DIR --hellaswag FILE --tokenizer DIR"

@@ -44,7 +44,7 @@ def fast_encoder(tokenizer_file: Path) -> Encode:
     try:
         import gigatoken
     except ImportError as error:
-        raise ValueError("--fast needs the package gigatoken: pip install 'gpt2repro[fast]'") from error
+        raise ValueError("--fast needs the package gigatoken: pip install gigatoken") from error
     content = json.loads(tokenizer_file.read_text("utf-8"))
     content["added_tokens"] = []  # so that special tokens in a text are text
     tokenizer: Any = None

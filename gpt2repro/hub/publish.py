@@ -52,7 +52,7 @@ def publish(
     if dry_run is None:
         repo_id = writable_repo(repo_id, private=private)
     elif dry_run.exists():
-        raise ValueError(f"{dry_run} exists: give a new folder")
+        raise ValueError(f"{dry_run} exists: give a new folder, or delete it")
     else:
         dry_run.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".publish-", dir=dry_run.parent if dry_run else None) as aside:

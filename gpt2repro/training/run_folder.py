@@ -45,7 +45,7 @@ def check_run_folder(recipe: Recipe, *, dataset: dict[str, Any], model: dict[str
         if differing:
             raise ValueError(
                 f"output_dir {folder} holds another run ({'; '.join(differing)}): give another --output_dir, "
-                "or the same values to go on with it"
+                "the same values to go on with it, or delete it to begin anew"
             )
         record["starts"] = before["starts"]
     elif folder.is_dir() and {path.name for path in folder.iterdir()} - {UNFINISHED_RECORD}:

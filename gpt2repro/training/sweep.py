@@ -140,7 +140,9 @@ def main() -> int:
         folders = []
         for _, argv, recipe in group:
             if not run(argv, recipe):
-                print(f"error: {recipe.output_dir} failed, see {recipe.output_dir}.log", file=sys.stderr)
+                log = Path(f"{recipe.output_dir}.log")
+                last = (log.read_text(encoding="utf-8", errors="replace").splitlines() or [""])[-1]
+                print(f"error: {recipe.output_dir} failed ({last}), see {log}", file=sys.stderr)
                 failed += 1
                 break
             folders.append(Path(recipe.output_dir))
@@ -150,7 +152,7 @@ def main() -> int:
     output = Path(arguments.output)
     (output / "sweep.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"\n{table(results)}\n\n{output / 'sweep.json'}")
-    if find_spec("matplotlib"):
+    if find_spec("matplotlib") and any(result["losses"] for result in results):
         draw(results, output / "sweep.png")
         print(output / "sweep.png")
     return 1 if failed else 0
