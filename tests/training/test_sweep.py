@@ -75,7 +75,8 @@ def test_the_same_command_passes_over_what_is_finished_and_goes_on_with_what_is_
 
 def test_a_finished_run_of_another_recipe_is_not_taken_for_this_ones(sweep, finished):
     output = sweep("--set", "learning_rate=0.001", "--beta1", "0.8", exit_code=1)
-    assert "seed-1337 failed, see" in output
+    assert "seed-1337 failed (error: output_dir" in output
+    assert "beta1 is 0.9 there and 0.8 here" in output
     assert "beta1 is 0.9 there and 0.8 here" in (sweep.output / "learning_rate=0.001" / "seed-1337.log").read_text()
 
 
