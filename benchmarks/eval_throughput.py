@@ -12,8 +12,6 @@ as well). Ours is measured in the style of the rival: `completion` beside one it
 
 import argparse
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from statistics import median
@@ -21,8 +19,8 @@ from statistics import median
 import torch
 from torch.nn import functional as F
 from transformers import AutoTokenizer
-from transformers import __version__ as transformers_version
 
+from benchmarks.training_step import machine
 from configuration_gpt2repro import NAMED_SHAPES, GPT2ReproConfig
 from eval.loading import run_command, write_json
 from eval.multiple_choice import encode, score_items, score_task
@@ -173,15 +171,8 @@ def report(seconds: dict, predictions: dict, rows: list[Row], arguments: argpars
             f"{same} of {len(rows)} predictions (acc_norm) are equal"
         )
     settings = {key: value for key, value in vars(arguments).items() if key not in ("data", "tokenizer", "json")}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    machine = {
-        "hardware": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "commit": commit.stdout.strip(),
-        "torch": torch.__version__,
-        "transformers": transformers_version,
-    }
-    figures = {"seconds": seconds, "ratios": ratios, "settings": settings, "machine": machine}
+    figures = {"seconds": seconds, "ratios": ratios, "settings": settings,
+               "machine": machine(torch.device(arguments.device))}  # fmt: skip
     print(json.dumps(figures))
     if arguments.json:
         write_json(arguments.json, figures)
