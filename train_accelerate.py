@@ -51,6 +51,7 @@ from gpt2repro.training.schedule import lr_at
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 DEFAULT_RECIPE = Path(__file__).with_name("recipes") / "demo.yaml"
+SECONDS_BETWEEN_LINES = 10.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -227,9 +228,9 @@ class Run:
             profiler = step_profiler(
                 self.folder / "profile.json", steps=recipe.profile_steps, device=self.device, show=self.show
             )
-        bar = tqdm(
-            total=recipe.max_steps, initial=self.first_step, unit="step", disable=not accelerator.is_main_process
-        )
+        # A bar on a terminal alone; a log gets a line now and then.
+        hidden = None if accelerator.is_main_process else True
+        bar, shown = tqdm(total=recipe.max_steps, initial=self.first_step, unit="step", disable=hidden), 0.0
         if self.first_step == 0:  # where it starts from; and what cannot work fails here, not in the middle of a run
             self.evaluate(0)
         step = saved = self.first_step
@@ -245,8 +246,12 @@ class Run:
                 mfu=tokens_per_second * flops / (peak * self.world_size) if peak else None,
                 memory_bytes=peak_memory_bytes(self.device),
             )  # fmt: skip
-            bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+            progress = f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s"
+            bar.set_postfix_str(progress, refresh=False)
             bar.update()
+            if bar.disable and began - shown >= SECONDS_BETWEEN_LINES:
+                self.show(f"step {step:>6}  {progress}")
+                shown = began
 
             self.evaluate(step)
             if step % recipe.save_every == 0 or step == recipe.max_steps or stopping:

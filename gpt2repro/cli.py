@@ -65,7 +65,8 @@ def _parser(default: str | Path) -> argparse.ArgumentParser:
     parser.add_argument("--recipe", metavar="YAML", help=f"the recipe to start from (without any argument: {default})")
     for item in fields(Recipe):
         default_value = item.default[0] if isinstance(item.default, tuple) and item.default else item.default
-        shown = "" if default_value in (None, ()) else f" (default: {default_value})"
+        shown = f"; one of {', '.join(item.metadata['choices'])}" if item.metadata["choices"] else ""
+        shown += "" if default_value in (None, ()) else f" (default: {default_value})"
         names = sorted({f"--{item.name}", f"--{item.name.replace('_', '-')}"}, reverse=True)
         parser.add_argument(
             *names,

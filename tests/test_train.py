@@ -58,6 +58,13 @@ def test_a_run_leaves_its_record_and_the_checkpoints_it_was_asked_to_keep(unbrok
     assert not [path for path in unbroken_run.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".pth")]
 
 
+def test_a_log_gets_lines_and_no_bar(train_script, tmp_path):
+    output = train_script(tmp_path / "run", max_steps=3)
+    first = train_rows(tmp_path / "run")[1]
+    assert f"\nstep      1  loss {first['loss']:.4f}, {first['tokens_per_second']:,.0f} tokens/s\n" in output
+    assert "\r" not in output and "step/s" not in output
+
+
 def test_the_saved_recipe_runs_the_same_again(unbroken_run, train_script, tmp_path):
     from train_accelerate import DEFAULT_RECIPE, parse_recipe
 

@@ -18,7 +18,7 @@ USABLE = 0.9  # of the card; the rest is the CUDA context's and the allocator's
 
 def memory_estimate(
     *, n_parameters: int, n_layer: int, n_embd: int, vocab_size: int, tokens: int, bf16: bool,
-    gradient_checkpointing: bool, chunked_loss: bool, shards: int = 1,
+    gradient_checkpointing: bool, chunked_loss: bool, muon: bool = False, shards: int = 1,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes on one card by purpose, for micro batches of `tokens` = micro_batch_size * seq_len; `shards` of FSDP2.
 
@@ -28,11 +28,12 @@ def memory_estimate(
     """
     per_block = 4 if gradient_checkpointing else 36 if bf16 else 64
     block = (36 if bf16 else 64) if gradient_checkpointing else 0  # the one that is being recomputed
+    matrices = 12 * n_layer * n_embd**2 if muon else 0  # of which Muon keeps one moment, AdamW keeps two of the rest
     logits = LOGITS_PEAK * vocab_size * tokens // (LOSS_CHUNKS if chunked_loss else 1)
     return {
         "parameters": 4 * n_parameters // shards,
         "gradients": 4 * n_parameters // shards,
-        "optimizer": 8 * n_parameters // shards,  # AdamW's two moments
+        "optimizer": (8 * n_parameters - 4 * matrices) // shards,
         "bf16 copies": 2 * n_parameters // shards if bf16 else 0,
         "activations": (n_layer * per_block + block + 8) * n_embd * tokens,
         "logits": logits + (6 * vocab_size * n_embd if chunked_loss else 0),  # the head's gradient and bf16 copy
@@ -52,7 +53,8 @@ def memory_report(
         return memory_estimate(
             n_parameters=n_parameters, n_layer=config.n_layer, n_embd=config.n_embd, vocab_size=config.vocab_size,
             tokens=micro_batch_size * recipe.seq_len, bf16=bf16, chunked_loss=chunked_loss,
-            gradient_checkpointing=recipe.gradient_checkpointing, shards=processes if sharded else 1,
+            gradient_checkpointing=recipe.gradient_checkpointing, muon=recipe.optimizer == "muon",
+            shards=processes if sharded else 1,
         )  # fmt: skip
 
     memory = device_memory_bytes(device)

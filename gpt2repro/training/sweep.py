@@ -5,8 +5,8 @@
 Every run is a process of train_accelerate.py of its own with its own folder, OUTPUT/FIELD=VALUE,…/seed-N. The same
 command again goes on: finished runs are passed over, broken ones resume. Of a setting whose run fails the other seeds
 are left out, and the sweep goes on with the next. Afterwards OUTPUT holds sweep.json and sweep.png. Other flags are
-fields of the recipe, the same for all runs. On a CPU, --jobs runs of one thread or two each do more in all than one run
-on every core.
+fields of the recipe, the same for all runs. On a CPU several runs at a time (--jobs), each on its share of the cores,
+do more in all than one on every core.
 """
 
 import argparse

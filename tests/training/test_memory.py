@@ -6,6 +6,7 @@ import torch
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.training.arguments import Recipe
 from gpt2repro.training.memory import memory_estimate, memory_report
+from gpt2repro.training.optimizer import make_optimizer
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 V, B, T = 128, 4, 128
@@ -48,6 +49,24 @@ def test_the_activations_are_those_that_autograd_keeps(bf16, gradient_checkpoint
     elif bf16:
         expected += 2 * 12 * 128 * 128 * 6  # the bf16 copies of the blocks' matrices
     assert kept_bytes(model, bf16=bf16) == pytest.approx(expected, rel=0.06)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_optimizer_holds_what_is_said(optimizer):
+    config = GPT2ReproConfig(
+        n_layer=2, n_embd=64, n_head=4, vocab_size=V, n_positions=T, bos_token_id=0, eos_token_id=0
+    )
+    model = GPT2ReproForCausalLM(config)
+    used = make_optimizer(model, Recipe(optimizer=optimizer))
+    ids = torch.randint(V, (B, T))
+    model(ids, shift_labels=ids, use_cache=False).loss.backward()
+    used.step()
+    state = [tensor for values in used.state.values() for tensor in values.values() if tensor.dim()]
+    parts = memory_estimate(
+        n_parameters=model.num_parameters(), n_layer=2, n_embd=64, vocab_size=V, tokens=B * T, bf16=False,
+        gradient_checkpointing=False, chunked_loss=False, muon=optimizer == "muon",
+    )  # fmt: skip
+    assert sum(tensor.nbytes for tensor in state) == parts["optimizer"]
 
 
 @pytest.mark.parametrize(
