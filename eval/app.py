@@ -74,46 +74,42 @@ def page(model, tokenizer, title: str):
             raise gr.Error(str(error), print_exception=False) from None
 
     longest = max_positions(model) - 1
-    with gr.Blocks(analytics_enabled=False, title=title) as blocks:
-        gr.Markdown(f"## {title}\n{model.num_parameters():,} parameters, {max_positions(model):,} positions")
-        with gr.Row():
-            with gr.Column(scale=3):
-                prompt = gr.Textbox(label="Prompt", lines=3)
-                with gr.Row():
-                    start = gr.Button("Complete", variant="primary")
-                    stop = gr.Button("Stop")
-                text = gr.Textbox(label="Text", lines=14, interactive=False)
-            with gr.Column(scale=1):
-                temperature = gr.Slider(0, 2, value=0.8, step=0.05, label="Temperature", info="0: the likeliest token")
-                top_k = gr.Slider(0, 200, value=50, step=1, label="Top-k", info="0: the whole vocabulary")
-                length = gr.Slider(1, longest, value=min(100, longest // 2), step=1, label="Length", info="new tokens")
-                seed = gr.Number(value=42, precision=0, minimum=0, maximum=2**32 - 1, label="Seed")
-        event = gr.on(
-            [start.click, prompt.submit],
-            write,
-            [prompt, temperature, top_k, length, seed],
-            text,
-            show_progress="hidden",
-        )
-        stop.click(None, cancels=event)
-    return blocks
+    return gr.Interface(
+        write,
+        inputs=[
+            gr.Textbox(label="Prompt", lines=3),
+            gr.Slider(0, 2, value=0.8, step=0.05, label="Temperature", info="0: the likeliest token"),
+            gr.Slider(0, 200, value=50, step=1, label="Top-k", info="0: the whole vocabulary"),
+            gr.Slider(1, longest, value=min(100, longest // 2), step=1, label="Length", info="new tokens"),
+            gr.Number(value=42, precision=0, minimum=0, maximum=2**32 - 1, label="Seed"),
+        ],
+        outputs=gr.Textbox(label="Text", lines=14),
+        title=title,
+        description=f"{model.num_parameters():,} parameters, {max_positions(model):,} positions",
+        submit_btn="Complete",
+        clear_btn=None,
+        flagging_mode="never",
+        analytics_enabled=False,
+        show_progress="hidden",
+        time_limit=None,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="checkpoint folder or Hub id of a causal language model")
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", type=int, default=7860, help="of 127.0.0.1 (default: %(default)s)")
     arguments = parser.parse_args()
     model, tokenizer = load_model(arguments.model)
-    blocks = page(model, tokenizer, "/".join(Path(arguments.model).parts[-2:]))
+    interface = page(model, tokenizer, "/".join(Path(arguments.model).parts[-2:]))
     try:
-        _, url, _ = blocks.launch(
+        _, url, _ = interface.launch(
             server_name="127.0.0.1", server_port=arguments.port, footer_links=[], quiet=True, prevent_thread_lock=True
         )
     except (OSError, OverflowError):
         raise ValueError(f"port {arguments.port} of 127.0.0.1 is not free: give another one with --port") from None
     print(f"{url} (Ctrl-C ends)", flush=True)
-    blocks.block_thread()
+    interface.block_thread()
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ from. The picture shows the table, single channels as curves, the cosine similar
 distribution of the weights by kind; the numbers go to standard output.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 
-from eval.loading import load_from, model_arguments, run_command, write_json
+from eval.loading import load_from, model_parser, run_command, write_json
 
 CHANNELS = (0.2, 0.5, 0.8)  # which channels are drawn as curves, as places between the first and the last
 BINS = 61  # of a histogram
@@ -122,8 +121,7 @@ def _draw_histograms(panel, model) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model_arguments(parser)
+    parser = model_parser(__doc__)
     parser.add_argument("--output", required=True, help="write the picture to this PNG file")
     parser.add_argument("--json", help="write the numbers to this file")
     arguments = parser.parse_args()

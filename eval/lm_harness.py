@@ -7,10 +7,9 @@ The tasks and the scoring are lm-eval's own; this adds only that a checkpoint of
 code and that the figures land in CHECKPOINT/lm_eval.json (or --output). Needs lm_eval, the extra `eval`.
 """
 
-import argparse
 from pathlib import Path
 
-from eval.loading import load_from, max_positions, model_arguments, run_command, write_json
+from eval.loading import load_from, max_positions, model_parser, run_command, write_json
 
 
 def evaluate_with_lm_eval(
@@ -38,8 +37,7 @@ def evaluate_with_lm_eval(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model_arguments(parser)
+    parser = model_parser(__doc__)
     parser.add_argument("--tasks", required=True, help="names of lm-eval's tasks, separated by commas")
     parser.add_argument("--include-path", help="folder with task definitions of your own")
     parser.add_argument("--batch-size", type=int, default=16)

@@ -70,24 +70,30 @@ def max_positions(model) -> int:
     return model.config.max_position_embeddings
 
 
-def model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that every command with a model has."""
+def model_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that every command with a model has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id of a causal language model")
     parser.add_argument("--tokenizer", help="folder or Hub id, where the tokenizer does not lie beside the model")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: %(default)s"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that lies beside the weights")
+    return parser
 
 
 def load_from(arguments: argparse.Namespace):
-    """`load_model` with what `model_arguments` parsed."""
-    return load_model(
-        arguments.model,
-        tokenizer=arguments.tokenizer,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    """`load_model` with what `model_parser` parsed."""
+    options = ("tokenizer", "dtype", "device", "trust_remote_code")
+    return load_model(arguments.model, **{name: getattr(arguments, name) for name in options})
+
+
+def output_file(path: str | Path) -> Path:
+    """The path of a file that a command is about to write: its folder made, and said on standard output."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    print(f"writing {path}")
+    return Path(path)
 
 
 def write_json(path: str | Path, value: dict) -> None:

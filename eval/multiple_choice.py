@@ -24,10 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from eval.loading import check_vocabulary, load_from, max_positions, model_arguments, run_command, write_json
-from eval.tasks import ALIASES, TASKS, Item, Row, read_rows, render, task_name, task_style
+from eval.loading import check_vocabulary, load_from, max_positions, model_parser, output_file, run_command, write_json
+from eval.tasks import TASKS, Item, Row, read_rows, render, task_style
 
 # The architectures whose trees were compared with one row per choice. Others (ALiBi, state spaces, sliding windows)
 # may read positions from the mask's shape: they get one row per choice, and their own head.
@@ -67,7 +70,7 @@ def prepare_task(spec: str, tokenizer, *, max_length: int) -> PreparedTask:
     """
     name, _, data = spec.partition("=")
     task, *options = name.split(":")
-    task, style, limit = task_name(task), None, None
+    limit, style = None, None
     for option in options:
         if option.isdigit():
             limit = int(option)
@@ -154,10 +157,8 @@ def grow_trees(item: Sequences, *, share: bool, max_length: int) -> list[Tree]:
 
 
 def _padded(rows: list[list[int]], filler: int, device: torch.device) -> torch.Tensor:
-    table = np.full((len(rows), max(map(len, rows))), filler, dtype=np.int64)
-    for index, row in enumerate(rows):
-        table[index, : len(row)] = row
-    return torch.from_numpy(table).to(device, non_blocking=True)
+    table = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler)
+    return table.to(device, non_blocking=True)
 
 
 def _tree_mask(branches: torch.Tensor, model) -> torch.Tensor:
@@ -170,43 +171,33 @@ def _tree_mask(branches: torch.Tensor, model) -> torch.Tensor:
     return torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
-def _token_scores(model, trees: list[Tree], *, tree_model: bool, greedy: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 log-probability of every target of a batch and, if `greedy`, whether it is the likeliest; (targets,)."""
+def _token_scores(model, trees: list[Tree], *, tree_model: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 log-probability of every target of a batch, and whether it is the likeliest token; both (targets,)."""
     device = model.device
     input_ids = _padded([tree.tokens for tree in trees], 0, device)  # (B, T)
     T = input_ids.shape[1]
-    columns = np.concatenate([np.array(tree.predicted_at) + row * T for row, tree in enumerate(trees)])
-    targets = np.concatenate([tree.targets for tree in trees])
-    if tree_model:
-        arguments = {}
-        if any(tree.branches[-1] for tree in trees):
-            branches = _padded([tree.branches for tree in trees], FILLER, device)
-            arguments["attention_mask"] = _tree_mask(branches, model)
-            arguments["position_ids"] = _padded([tree.positions for tree in trees], 0, device)
-        states = model.base_model(input_ids, use_cache=False, **arguments).last_hidden_state  # (B, T, C)
-        return _score_columns(states.flatten(0, 1), model.get_output_embeddings(), columns, targets, greedy)
-    logits = model(input_ids, use_cache=False).logits  # (B, T, V)
-    return _score_columns(logits.flatten(0, 1), torch.nn.Identity(), columns, targets, greedy)
+    columns = torch.tensor([row * T + at for row, tree in enumerate(trees) for at in tree.predicted_at])
+    targets = torch.tensor([target for tree in trees for target in tree.targets])
+    columns, targets = columns.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    if not tree_model:
+        logits = model(input_ids, use_cache=False).logits  # (B, T, V)
+        return _score_columns(logits.flatten(0, 1), torch.nn.Identity(), columns, targets)
+    arguments = {}
+    if any(tree.branches[-1] for tree in trees):
+        arguments["attention_mask"] = _tree_mask(_padded([tree.branches for tree in trees], FILLER, device), model)
+        arguments["position_ids"] = _padded([tree.positions for tree in trees], 0, device)
+    states = model.base_model(input_ids, use_cache=False, **arguments).last_hidden_state  # (B, T, C)
+    return _score_columns(states.flatten(0, 1), model.get_output_embeddings(), columns, targets)
 
 
-def _score_columns(states, head, columns: np.ndarray, targets: np.ndarray, greedy: bool):
-    """What `_token_scores` returns, from states (B * T, C): the head and the softmax of HEAD_ROWS of them at once."""
-    # The last token of a context predicts the first one of every choice, yet goes through the head once.
-    unique, back = np.unique(columns, return_inverse=True)
-    log_probs = torch.empty(len(targets), device=states.device)
-    likeliest = torch.zeros(len(targets), dtype=torch.bool, device=states.device)
-    for first in range(0, len(unique), HEAD_ROWS):
-        which = np.flatnonzero((first <= back) & (back < first + HEAD_ROWS))
-        index = np.stack([which, back[which] - first, targets[which]])
-        rows, (which, row, target) = (
-            torch.from_numpy(array).to(states.device, non_blocking=True)
-            for array in (unique[first : first + HEAD_ROWS], index)
-        )
+def _score_columns(states, head, columns: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `_token_scores` returns, from states (B * T, C): the head and the softmax of HEAD_ROWS columns at once."""
+    log_probs, likeliest = [], []
+    for rows, target in zip(columns.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
         logits = head(states[rows]).float()  # (HEAD_ROWS, V)
-        log_probs[which] = logits[row, target] - logits.logsumexp(-1)[row]
-        if greedy:
-            likeliest[which] = logits.argmax(-1)[row] == target
-    return log_probs, likeliest
+        log_probs.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1))
+        likeliest.append(logits.argmax(1) == target)
+    return torch.cat(log_probs), torch.cat(likeliest)
 
 
 @torch.no_grad()
@@ -218,7 +209,7 @@ def score_items(
     rank: int = 0,
     world_size: int = 1,
     share_prefix: bool = True,
-    progress: str | None = None,
+    progress: bool = False,
 ) -> list[dict]:
     """Scores and predictions of this process's share of the items, `batch_size` items a forward (None: what fills it).
 
@@ -229,7 +220,6 @@ def score_items(
         raise ValueError(f"batch_size is {batch_size}: give at least 1")
     tree_model = model.config.model_type in TREE_MODELS
     share = share_prefix and tree_model and model.config._attn_implementation in ("sdpa", "eager")
-    greedy = any(len(item.targets) == 1 for item in items)  # what a single continuation is judged by
     limit = max_positions(model)
     grown = [grow_trees(item, share=share, max_length=limit) for item in items]
     size = [max(len(tree.tokens) for tree in trees) for trees in grown]
@@ -240,124 +230,101 @@ def score_items(
         batches.append(mine[first : first + (batch_size or max(1, fitting))])
         first += len(batches[-1])
     with torch.compiler.set_stance("force_eager"):
-        for batch in tqdm(batches, desc=progress, unit="batch", disable=progress is None or rank > 0):
+        for batch in tqdm(batches, unit="batch", disable=None if progress and rank == 0 else True):
             trees = [tree for index in batch for tree in grown[index]]
-            parts.append(_token_scores(model, trees, tree_model=tree_model, greedy=greedy))
+            parts.append(_token_scores(model, trees, tree_model=tree_model))
     if not parts:
         return []
     # Read once, at the end: a read at every batch would let the device wait for the host.
     log_probs, likeliest = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
-    return list(_item_results(items, mine, log_probs.astype(np.float64), likeliest))
+    ends = np.cumsum([len(target) for index in mine for target in items[index].targets])[:-1]
+    choices = zip(np.split(log_probs.astype(np.float64), ends), np.split(likeliest, ends), strict=True)
+    return [_result(index, items[index], [next(choices) for _ in items[index].targets]) for index in mine]
 
 
-def _item_results(items, mine: list[int], log_probs: np.ndarray, likeliest: np.ndarray) -> Iterator[dict]:
-    at = 0
-    for index in mine:
-        item, scores = items[index], []
-        first = at
-        for target in item.targets:
-            scores.append(float(log_probs[at : at + len(target)].sum()))
-            at += len(target)
-        prediction, prediction_norm = predictions(scores, item.lengths)
-        if len(scores) == 1:  # the last word of a text: right if every token of it is the likeliest, else no choice
-            prediction = prediction_norm = 0 if likeliest[first:at].all() else -1
-        yield {
-            "index": index,
-            "scores": scores,
-            "lengths": item.lengths,
-            "prediction": prediction,
-            "prediction_norm": prediction_norm,
-            "label": item.label,
-            "truncated": item.truncated,
-        }
+def _result(index: int, item: Sequences, choices: list[tuple[np.ndarray, np.ndarray]]) -> dict:
+    """An item's row of the results; a choice is its tokens' log-probabilities, and whether each is the likeliest."""
+    scores = [float(log_probs.sum()) for log_probs, _ in choices]
+    prediction, prediction_norm = choose(scores, item.lengths)
+    if len(choices) == 1:  # the last word of a text: right if every token of it is the likeliest, else no choice
+        prediction = prediction_norm = 0 if choices[0][1].all() else -1
+    return {
+        "index": index,
+        "scores": scores,
+        "lengths": item.lengths,
+        "prediction": prediction,
+        "prediction_norm": prediction_norm,
+        "label": item.label,
+        "truncated": item.truncated,
+    }
 
 
-def predictions(scores: Sequence[float], lengths: Sequence[float]) -> tuple[int, int]:
+def choose(scores: Sequence[float], lengths: Sequence[float]) -> tuple[int, int]:
     """The likeliest choice, and the likeliest for its length; the first of equals."""
     return int(np.argmax(scores)), int(np.argmax(np.asarray(scores) / np.asarray(lengths)))
 
 
-def accuracy(scores: Sequence[Sequence[float]], labels: Sequence[int], lengths: Sequence[Sequence[float]]) -> dict:
-    """acc and acc_norm as fractions, with their standard errors (None for a single item), and n."""
-    chosen = [predictions(own, length) for own, length in zip(scores, lengths, strict=True)]
-    right = np.array(chosen) == np.array(labels)[:, None]  # (n, 2)
+def accuracy(
+    predictions: Sequence[Sequence[float]], references: Sequence[int], lengths: Sequence[Sequence[float]]
+) -> dict:
+    """acc and acc_norm as fractions, with their standard errors (None for a single item), and n.
+
+    `predictions` are the scores of every item's choices, `references` the right choices.
+    """
+    chosen = [choose(scores, own) for scores, own in zip(predictions, lengths, strict=True)]
+    right = np.array(chosen) == np.array(references)[:, None]  # (n, 2)
     return {**_mean("acc", right[:, 0]), **_mean("acc_norm", right[:, 1]), "n": len(right)}
 
 
 def _mean(name: str, right: np.ndarray) -> dict[str, float | None]:
     """A fraction and its standard error: the sample's standard deviation over sqrt(n)."""
-    mean = float(right.mean())
-    stderr = (mean * (1 - mean) / (len(right) - 1)) ** 0.5 if len(right) > 1 else None
-    return {name: mean, f"{name}_stderr": stderr}
+    stderr = float(right.std(ddof=1) / len(right) ** 0.5) if len(right) > 1 else None
+    return {name: float(right.mean()), f"{name}_stderr": stderr}
 
 
-def summarise(results: Sequence[dict], metric: Callable[..., dict] | None = None) -> dict:
-    """The figures of all items of a task; `metric` is `accuracy` or the compute of the `evaluate` metric."""
+def summarise(results: Sequence[dict], compute: Callable[..., dict] = accuracy) -> dict:
+    """The figures of all items of a task; `compute` is `accuracy` or that of the `evaluate` metric."""
     truncated = sum(result["truncated"] for result in results)
     if len(results[0]["scores"]) == 1:
         right = np.array([result["prediction"] == result["label"] for result in results])
         perplexity = float(np.exp(-np.mean([result["scores"][0] for result in results])))
         return {**_mean("acc", right), "perplexity": perplexity, "n": len(results), "truncated": truncated}
-    columns = ([result[key] for result in results] for key in ("scores", "label", "lengths"))
-    names = ("predictions", "references", "lengths")
-    figures = metric(**dict(zip(names, columns, strict=True))) if metric else accuracy(*columns)
-    return {**figures, "truncated": truncated}
+    arguments = {"predictions": "scores", "references": "label", "lengths": "lengths"}
+    columns = {name: [result[key] for result in results] for name, key in arguments.items()}
+    return {**compute(**columns), "truncated": truncated}
 
 
 def score_task(
-    model,
-    tokenizer,
-    task: str,
-    *,
-    items: Sequence[Row],
-    style: str | None = None,
-    batch_size: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    share_prefix: bool = True,
-    progress: bool = False,
+    model, tokenizer, task: str, *, items: Sequence[Row], style: str | None = None, **options
 ) -> list[dict]:
-    """Per-item results of one task on this process's share of `items` (rows as `read_rows` returns them).
+    """Per-item results of one task on `items` (rows as `read_rows` returns them); `options` are `score_items`'s.
 
     Raises:
         ValueError: rows that cannot be scored, or a tokenizer that is not the model's.
     """
     check_vocabulary(model, tokenizer)
-    task, style = task_name(task), task_style(task, style)
     encoded = encode([render(row, task, style) for row in items], tokenizer, max_length=max_positions(model))
-    return score_items(
-        model,
-        encoded,
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        share_prefix=share_prefix,
-        progress=f"{task} ({style})" if progress else None,
-    )
+    return score_items(model, encoded, **options)
 
 
 def evaluate_tasks(
     model,
     tasks: Sequence[PreparedTask],
     *,
-    batch_size: int | None = None,
     rank: int = 0,
     world_size: int = 1,
-    gather_object: Callable[[list], list] | None = None,
+    gather_object: Callable[[list], list] = list,
 ) -> list[dict]:
     """One row of figures per task, the same on every process: `{"task", "style", "acc", "acc_norm", "n", …}`.
 
     `gather_object` joins lists of all processes (as in accelerate.utils). Runs eagerly on the weights of a compiled
     model, in the precision of the caller's autocast; the model's training mode is put back afterwards.
     """
-    if world_size > 1 and gather_object is None:
-        raise ValueError(f"world_size is {world_size}: give a gather_object that joins the processes' results")
     was_training = model.training
     model.eval()
     figures = []
     for task in tasks:
-        results = score_items(model, task.items, batch_size=batch_size, rank=rank, world_size=world_size)
-        results = gather_object(results) if gather_object is not None else results
+        results = gather_object(score_items(model, task.items, rank=rank, world_size=world_size))
         figures.append({"task": task.task, "style": task.style, **summarise(results)})
     model.train(was_training)
     return figures
@@ -365,51 +332,54 @@ def evaluate_tasks(
 
 def command_parser(description: str) -> argparse.ArgumentParser:
     """The options that all benchmark commands share."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model_arguments(parser)
+    parser = model_parser(description)
     parser.add_argument("--data", help="JSONL file of the task's items (default: the Hub's dataset)")
-    parser.add_argument("--style", choices=["completion", "harness"], help="hellaswag only: how items are rendered")
-    parser.add_argument("--limit", type=int, help="score only the first N items")
+    parser.add_argument(
+        "--style", choices=["completion", "harness"],
+        help="how items are rendered (default: completion for hellaswag, harness for every other task)",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=int, help="score only the first N items (default: all)")
     parser.add_argument("--batch-size", type=int, help="items a forward (default: as fills it); changes no figure")
     parser.add_argument("--output", help="write the figures to this JSON file and the items to .jsonl beside it")
     return parser
 
 
-def run_task(arguments: argparse.Namespace, task: str) -> None:
-    """Score one task as the command line says; under `accelerate launch` every process takes a share."""
-    rank, world_size, gather_object = 0, 1, list
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        from accelerate import PartialState
-        from accelerate.utils import gather_object
+def run_task(arguments: argparse.Namespace, task: str) -> dict | None:
+    """Score one task as the command line says; under `accelerate launch` every process takes a share.
 
-        state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
-        rank, world_size = state.process_index, state.num_processes
-        arguments.device = str(state.device)
-    task, style = task_name(task), task_style(task, arguments.style)
+    Returns the figures, on the main process.
+    """
+    style = task_style(task, arguments.style)
     rows = read_rows(task, data=arguments.data, limit=arguments.limit)
+    state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
+    share = {"rank": state.process_index, "world_size": state.num_processes}
+    if state.num_processes > 1:
+        arguments.device = str(state.device)
     model, tokenizer = load_from(arguments)
-    options = {"batch_size": arguments.batch_size, "rank": rank, "world_size": world_size, "progress": True}
+    options = {"batch_size": arguments.batch_size, "progress": True, **share}
     results = gather_object(score_task(model, tokenizer, task, items=rows, style=style, **options))
-    if rank > 0:
-        return
-    metric = None
+    if not state.is_main_process:
+        return None
+    results.sort(key=lambda result: result["index"])
+    compute = accuracy
     if find_spec("evaluate"):  # a machine that only scores may lack it; the metric calls the same function
         from eval.accuracy_metric import MultipleChoiceAccuracy
 
-        metric = MultipleChoiceAccuracy().compute
-    results.sort(key=lambda result: result["index"])
-    figures = {"task": task, "style": style, **summarise(results, metric)}
-    print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()))
+        compute = MultipleChoiceAccuracy().compute
+    figures = {"task": task, "style": style, **summarise(results, compute)}
+    known = {name: value for name, value in figures.items() if value is not None}
+    print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in known.items()))
     if arguments.output:
         settings = {"model": arguments.model, "data": arguments.data, "dtype": arguments.dtype}
-        write_json(arguments.output, {**figures, **settings})
+        write_json(output_file(arguments.output), {**figures, **settings})
         lines = [json.dumps(result) + "\n" for result in results]
-        Path(arguments.output).with_suffix(".jsonl").write_text("".join(lines), encoding="utf-8")
+        output_file(Path(arguments.output).with_suffix(".jsonl")).write_text("".join(lines), encoding="utf-8")
+    return figures
 
 
 def main() -> None:
     parser = command_parser(__doc__)
-    parser.add_argument("--task", required=True, choices=[*TASKS, *ALIASES], metavar="T", help=", ".join(TASKS))
+    parser.add_argument("--task", required=True, choices=TASKS, metavar="T", help=", ".join(TASKS))
     arguments = parser.parse_args()
     run_task(arguments, arguments.task)
 

@@ -1,4 +1,4 @@
-"""Runs as pictures and pages: loss curves, HellaSwag over tokens, samples, settings, and a table that compares runs.
+"""Runs as pictures and pages: loss curves, benchmarks over tokens, samples, settings, and a table that compares runs.
 
     python -m eval.report runs/demo --output curves.png
     python -m eval.report runs/adamw runs/muon --output curves.png --html report.html
@@ -13,13 +13,16 @@ import base64
 import html
 import io
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from statistics import median
+from typing import BinaryIO
 
-from eval.loading import run_command
+import numpy as np
+import yaml
+
+from eval.loading import output_file, run_command
+from gpt2repro.training.metrics import read_metrics
 
 # Validation loss of the released GPT-2 124M on FineWeb-Edu, nats per token (build-nanogpt, play.ipynb).
 GPT2_FINEWEB_EDU_LOSS = 3.2924
@@ -27,131 +30,82 @@ GPT2_FINEWEB_EDU_LOSS = 3.2924
 # Brown et al. 2020, appendix H.
 GPT2_HELLASWAG = {"completion": 29.55, "harness": 31.14}
 GPT3_HELLASWAG = 33.7
-COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#718096")
+LINES = ("-", "--", ":", "-.")
 
 
 @dataclass
 class Run:
-    """What a run folder tells: its settings and its rows, one for each (kind, step, task, style)."""
+    """What a run folder tells: its settings and its rows, in the order of the steps."""
 
     name: str
     info: dict
     rows: list[dict] = field(repr=False)
 
-    def series(self, kind: str, key: str, axis: str) -> tuple[list[float], list[float]]:
-        """(x, y) of all rows of a kind that have a finite `key`."""
-        points = [(row[axis], row[key]) for row in self.rows if row["kind"] == kind and row.get(key) is not None]
-        return [x for x, _ in points], [y for _, y in points]
+    def losses(self, kind: str) -> list[dict]:
+        """The rows of a kind with a loss, which a step that was not finite has not."""
+        return [row for row in self.rows if row["kind"] == kind and row.get("loss") is not None]
 
-    @cached_property
-    def on_fineweb_edu(self) -> bool:
-        """Whether the loss may be compared with the released GPT-2's."""
-        recipe = self.info.get("recipe") or {}
-        told = [self.info.get("dataset"), recipe.get("source"), recipe.get("dataset_dir")]
-        return "fineweb-edu" in json.dumps(told).lower().replace("_", "-")
+    def scores(self) -> dict[str, list[dict]]:
+        """The rows of every benchmark by its name with the style."""
+        by_task: dict[str, list[dict]] = {}
+        for row in self.rows:
+            if row["kind"] == "eval":
+                by_task.setdefault(f"{row['task']} {row['style']}", []).append(row)
+        return by_task
 
     def summary(self) -> dict[str, str]:
         """The figures by which runs are compared, as text."""
-        train, val = (self.series(kind, "loss", "step") for kind in ("train", "val"))
-        speed = self.series("train", "tokens_per_second", "step")[1]
-        last = self.rows[-1]
-        figures = {"steps": f"{last['step']:,}", "tokens": f"{max(row['tokens'] or 0 for row in self.rows):,}"}
-        figures["last train loss"] = f"{train[1][-1]:.4f}" if train[1] else "–"
-        figures["last val loss"] = f"{val[1][-1]:.4f}" if val[1] else "–"
-        best = min(zip(val[1], val[0], strict=True), default=None)
-        figures["best val loss"] = f"{best[0]:.4f} at step {best[1]:,}" if best else "–"
-        figures["tokens per second"] = f"{median(speed):,.0f}" if speed else "–"
-        for row in self.rows:  # the last row of a task stands
-            if row["kind"] == "eval" and (label := score_label(row)):
-                figures[label] = score_text(row)
-        return figures
-
-
-def score_label(row: dict) -> str:
-    style = f" ({row['style']})" if row.get("style") else ""
-    return f"{row.get('task', 'eval')}{style}"
+        figures = {"steps": f"{self.rows[-1]['step']:,}"}
+        if train := self.losses("train"):
+            figures["tokens"] = f"{train[-1]['tokens']:,}"
+            figures["last train loss"] = f"{train[-1]['loss']:.4f}"
+            figures["tokens per second"] = f"{median(row['tokens_per_second'] for row in train):,.0f}"
+        if val := self.losses("val"):
+            best = min(val, key=lambda row: row["loss"])
+            figures["last val loss"] = f"{val[-1]['loss']:.4f}"
+            figures["best val loss"] = f"{best['loss']:.4f} at step {best['step']:,}"
+        return figures | {task: score_text(rows[-1]) for task, rows in self.scores().items()}
 
 
 def score_text(row: dict) -> str:
-    """`acc / acc_norm` in percent with the number of items, and the perplexity where there is one."""
-    parts = [f"{key} {100 * row[key]:.2f} %" for key in ("acc", "acc_norm") if row.get(key) is not None]
-    parts += [f"perplexity {row['perplexity']:.2f}"] if row.get("perplexity") is not None else []
-    return ", ".join(parts) + (f" of {row['n']:,}" if row.get("n") else "")
+    """The accuracies in percent, the perplexity where there is one, and the number of items."""
+    parts = [f"{key} {100 * row[key]:.2f} %" for key in ("acc", "acc_norm") if key in row]
+    parts += [f"perplexity {row['perplexity']:.2f}"] if "perplexity" in row else []
+    return f"{', '.join(parts)} of {row['n']:,}"
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read a run folder. Where a resumed run wrote a step again, the later row stands.
+    """Read a run folder; a run may be writing to it this moment.
 
     Raises:
-        ValueError: no metrics.jsonl, no rows in it, or a line that is no row (with its number).
+        ValueError: no metrics.jsonl, or no rows in it.
     """
     folder = Path(folder)
-    file = folder / "metrics.jsonl"
-    if not file.is_file():
-        raise ValueError(f"{folder} holds no metrics.jsonl: give the folder of a run (its output_dir)")
-    text = file.read_text(encoding="utf-8")
-    lines = text.splitlines()
-    if lines and not text.endswith("\n"):
-        lines.pop()  # the run writes it this moment, or was killed while it did
-    rows: dict[tuple, dict] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            key = (row["kind"], int(row["step"]), row.get("task"), row.get("style"), row.get("prompt"))
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f'{file}, line {number}: {line[:80]!r} is no row with "kind" and "step"') from error
-        rows.pop(key, None)
-        rows[key] = row
+    rows = read_metrics(folder / "metrics.jsonl")
     if not rows:
-        raise ValueError(f"{file} has no rows yet: wait for the first step of the run")
-    tokens_at = {row["step"]: row["tokens"] for row in rows.values() if row.get("tokens") is not None}
-    for row in rows.values():
-        row.setdefault("tokens", tokens_at.get(row["step"]))
-    info_file = folder / "run.json"
-    info = json.loads(info_file.read_text(encoding="utf-8")) if info_file.is_file() else {}
-    return Run(folder.resolve().name, info, sorted(rows.values(), key=lambda row: row["step"]))
+        raise ValueError(f"{folder} holds no metrics.jsonl with rows: give the folder of a run (its output_dir)")
+    record = folder / "run.json"
+    info = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    return Run(folder.resolve().name, info, rows)
 
 
-def smooth(values: list[float]) -> list[float]:
-    """Mean over a centred window of about a fiftieth of the curve, narrower towards its ends."""
-    reach = len(values) // 100
-    around = (values[max(0, i - min(reach, i, len(values) - 1 - i)) : i + min(reach, len(values) - 1 - i, i) + 1]
-              for i in range(len(values)))  # fmt: skip
-    return [sum(window) / len(window) for window in around]
-
-
-def draw_curves(run_dirs: Iterable[str | Path], png: str | Path) -> None:
-    """Write the curves of one or several runs as a PNG: losses, and HellaSwag where it was measured."""
-    runs = [read_run(folder) for folder in run_dirs]
-    Path(png).parent.mkdir(parents=True, exist_ok=True)
-    Path(png).write_bytes(curves_png(runs))
-
-
-def curves_png(runs: list[Run]) -> bytes:
-    """The picture's bytes. The x axis counts tokens where all rows tell them, else steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display and no global state
+def draw_curves(runs: list[Run], target: str | Path | BinaryIO) -> None:
+    """Write the curves of one or several runs as a PNG: losses, and benchmarks where any was measured."""
     from matplotlib.figure import Figure
 
-    drawn = [row for run in runs for row in run.rows if row["kind"] in ("train", "val", "eval")]
-    axis = "step" if any(row["tokens"] is None for row in drawn) else "tokens"
-    tasks = sorted({score_label(row) for run in runs for row in run.rows if row["kind"] == "eval"})
-    columns = 2 if tasks else 1
+    columns = 2 if any(run.scores() for run in runs) else 1
     figure = Figure(figsize=(6.4 * columns, 4.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, columns, squeeze=False)[0]
-    _draw_losses(panels[0], runs, axis)
-    if tasks:
-        _draw_scores(panels[1], runs, axis)
+    _draw_losses(panels[0], runs)
+    if columns == 2:
+        _draw_scores(panels[1], runs)
     for panel in panels:
-        panel.set_xlabel("tokens" if axis == "tokens" else "optimizer steps")
+        panel.set_xlabel("tokens")
+        panel.xaxis.set_major_formatter(lambda value, _: short_count(value))
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False, fontsize=8)
-        if axis == "tokens":
-            panel.xaxis.set_major_formatter(lambda value, _: short_count(value))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    figure.savefig(target, format="png")
 
 
 def short_count(value: float) -> str:
@@ -162,72 +116,71 @@ def short_count(value: float) -> str:
     return f"{value:g}"
 
 
-def _draw_losses(panel, runs: list[Run], axis: str) -> None:
-    for run, colour in zip(runs, _cycle(COLOURS), strict=False):
-        x, loss = run.series("train", "loss", axis)
-        panel.plot(x, loss, color=colour, alpha=0.25, linewidth=0.8)
-        panel.plot(x, smooth(loss), color=colour, linewidth=1.2, alpha=0.8, label=f"{run.name} train")
-        x, loss = run.series("val", "loss", axis)
-        if x:
-            panel.plot(x, loss, color=colour, marker="o", markersize=3, linewidth=1.8, label=f"{run.name} val")
-    if all(run.on_fineweb_edu for run in runs):
-        panel.axhline(GPT2_FINEWEB_EDU_LOSS, color="#444444", linestyle="--", linewidth=1)
-        _name_line(panel, GPT2_FINEWEB_EDU_LOSS, f"released GPT-2 124M, {GPT2_FINEWEB_EDU_LOSS}")
+def stretches(points: np.ndarray, count: int = 100) -> np.ndarray:
+    """A curve (n, 2) as the means of at most `count` stretches of it, which is a calmer curve."""
+    return np.array([part.mean(0) for part in np.array_split(points, min(count, len(points)))])
+
+
+def _draw_losses(panel, runs: list[Run]) -> None:
+    for index, run in enumerate(runs):
+        train, val = (
+            np.array([(row["tokens"], row["loss"]) for row in run.losses(kind)]) for kind in ("train", "val")
+        )
+        colour = f"C{index}"
+        if len(train):
+            panel.plot(*train.T, color=colour, alpha=0.25, linewidth=0.8)
+            panel.plot(*stretches(train).T, color=colour, linewidth=1.2, alpha=0.8, label=f"{run.name} train")
+        if len(val):
+            panel.plot(*val.T, color=colour, marker="o", markersize=3, linewidth=1.8, label=f"{run.name} val")
+    # The released model's loss is known for this text alone.
+    if all("fineweb-edu" in json.dumps(run.info.get("dataset")).lower() for run in runs):
+        _draw_mark(panel, GPT2_FINEWEB_EDU_LOSS, f"released GPT-2 124M, {GPT2_FINEWEB_EDU_LOSS}", "--")
     panel.set_ylabel("loss, nats per token")
 
 
-def _draw_scores(panel, runs: list[Run], axis: str) -> None:
-    """acc_norm of HellaSwag, or of every task (acc where it has no other) if HellaSwag was not measured."""
-    rows = [row for run in runs for row in run.rows if row["kind"] == "eval"]
-    tasks = sorted({(row.get("task", ""), row.get("style") or "") for row in rows})
-    shown = [key for key in tasks if key[0] == "hellaswag"] or tasks
-    for run, colour in zip(runs, _cycle(COLOURS), strict=False):
-        for (task, style), line in zip(shown, _cycle(("-", "--", ":", "-.")), strict=False):
-            mine = [row for row in run.rows if row["kind"] == "eval" and row.get("task") == task]
-            mine = [row for row in mine if (row.get("style") or "") == style and row.get("acc") is not None]
-            y = [100 * (row["acc"] if row.get("acc_norm") is None else row["acc_norm"]) for row in mine]
-            label = " ".join(filter(None, [run.name, task, style]))
-            panel.plot([row[axis] for row in mine], y, line, color=colour, marker="o", markersize=3, label=label)
-    if shown and shown[0][0] == "hellaswag":
-        for style in sorted({style for _, style in shown} & GPT2_HELLASWAG.keys()):
-            panel.axhline(GPT2_HELLASWAG[style], color="#444444", linestyle="--", linewidth=1)
-            _name_line(panel, GPT2_HELLASWAG[style], f"GPT-2 124M, {style} style, {GPT2_HELLASWAG[style]}")
-        panel.axhline(GPT3_HELLASWAG, color="#444444", linestyle=":", linewidth=1)
-        _name_line(panel, GPT3_HELLASWAG, f"GPT-3 124M, {GPT3_HELLASWAG}")
-    panel.set_ylabel("HellaSwag acc_norm, %" if shown and shown[0][0] == "hellaswag" else "accuracy, %")
+def _draw_scores(panel, runs: list[Run]) -> None:
+    """acc_norm over tokens, or acc where a task has no other; with HellaSwag the released models'."""
+    styles = set()
+    for index, run in enumerate(runs):
+        for number, (task, rows) in enumerate(run.scores().items()):
+            tokens = [row["tokens"] for row in rows]
+            percent = [100 * row.get("acc_norm", row["acc"]) for row in rows]
+            look = {"color": f"C{index}", "linestyle": LINES[number % len(LINES)], "marker": "o", "markersize": 3}
+            panel.plot(tokens, percent, **look, label=f"{run.name} {task}")
+            styles |= {row["style"] for row in rows if row["task"] == "hellaswag"}
+    for style in sorted(styles):
+        _draw_mark(panel, GPT2_HELLASWAG[style], f"GPT-2 124M, {style} style, {GPT2_HELLASWAG[style]}", "--")
+    if styles:
+        _draw_mark(panel, GPT3_HELLASWAG, f"GPT-3 124M, {GPT3_HELLASWAG}", ":")
+    panel.set_ylabel("accuracy, % (acc_norm where there is one)")
 
 
-def _name_line(panel, height: float, text: str) -> None:
-    where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-    panel.annotate(text, (0.0, height), xytext=(3, 2), fontsize=7, color="#444444", **where)
-
-
-def _cycle(values):
-    while True:
-        yield from values
+def _draw_mark(panel, height: float, text: str, line: str) -> None:
+    """A published figure, as a grey line with its name."""
+    panel.axhline(height, color="#444444", linestyle=line, linewidth=1)
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    panel.annotate(text, (0.0, height), xytext=(3, 2), fontsize=7, color="#444444", **place)
 
 
 def compare_table(runs: list[Run]) -> list[list[str]]:
     """Rows of text, the first the header: the figures of every run, then the settings in which they differ."""
     summaries = [run.summary() for run in runs]
-    names = list(dict.fromkeys(name for summary in summaries for name in summary))
+    # The model's own sizes stand for those that the recipe leaves to a named shape.
+    settings = [{**run.info.get("recipe", {}), **run.info.get("model", {}), "output_dir": None} for run in runs]
     table = [["", *(run.name for run in runs)]]
-    table += [[name, *(summary.get(name, "–") for summary in summaries)] for name in names]
-    recipes = [run.info.get("recipe") or {} for run in runs]
-    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
-    for key in keys:
-        values = [recipe.get(key, "–") for recipe in recipes]
-        if key != "output_dir" and any(value != values[0] for value in values):
-            table.append([key, *map(str, values)])
+    for name in dict.fromkeys(name for summary in summaries for name in summary):
+        table.append([name, *(summary.get(name, "–") for summary in summaries)])
+    for name in dict.fromkeys(name for own in settings for name in own):
+        values = [str(own.get(name, "–")) for own in settings]
+        if len(set(values)) > 1:
+            table.append([name, *values])
     return table
 
 
 def print_table(table: list[list[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for index, row in enumerate(table):
+    for row in (table[0], ["-" * width for width in widths], *table[1:]):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        if index == 0:
-            print("  ".join("-" * width for width in widths))
 
 
 STYLE_SHEET = """
@@ -239,68 +192,57 @@ img { width: 100%; height: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .25rem 1.5rem .25rem 0; border-bottom: 1px solid #edf2f7; vertical-align: top; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f7fafc; padding: .75rem 1rem; font-size: .85rem; }
-.quiet { color: #718096; font-size: .85rem; }
 """
 
 
 def html_page(runs: list[Run]) -> str:
-    """One self-contained page: tables, curves, samples and settings of the runs."""
-    picture = base64.b64encode(curves_png(runs)).decode()
-    title = ", ".join(run.name for run in runs)
+    """One self-contained page: a table, curves, samples and settings of the runs."""
+    picture = io.BytesIO()
+    draw_curves(runs, picture)
+    title = html.escape(", ".join(run.name for run in runs))
     parts = [
-        f"<h1>{html.escape(title)}</h1>",
-        _html_table(compare_table(runs), header=True),
-        f'<h2>Curves</h2><img alt="loss and benchmark curves" src="data:image/png;base64,{picture}">',
+        f"<h1>{title}</h1>",
+        _html_table(compare_table(runs)),
+        '<h2>Curves</h2><img alt="loss and benchmark curves" src="data:image/png;base64,'
+        f'{base64.b64encode(picture.getvalue()).decode()}">',
     ]
     for run in runs:
         name = html.escape(run.name)
-        samples = [row for row in run.rows if row["kind"] == "sample"]
-        if samples:
-            last = [row for row in samples if row["step"] == samples[-1]["step"]]
-            texts = "".join(f"<pre>{html.escape(text)}</pre>" for row in last for text in row.get("texts", []))
+        if samples := [row for row in run.rows if row["kind"] == "sample"]:
+            texts = "".join(f"<pre>{html.escape(text)}</pre>" for text in samples[-1]["texts"])
             parts.append(f"<h2>Samples of {name} at step {samples[-1]['step']:,}</h2>{texts}")
-        settings = [[key, value if isinstance(value, str) else json.dumps(value)] for key, value in _flat(run.info)]
-        if settings:
-            parts.append(f"<h2>Settings of {name}</h2>{_html_table(settings)}")
+        settings = html.escape(yaml.safe_dump(run.info, sort_keys=False, allow_unicode=True))
+        parts.append(f"<h2>Settings of {name}</h2><pre>{settings}</pre>")
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
         f"<style>{STYLE_SHEET}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
 
 
-def _flat(tree: dict, prefix: str = "") -> Iterable[tuple[str, object]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _html_table(table: list[list[str]], *, header: bool = False) -> str:
-    tags = ["th" if header and index == 0 else "td" for index in range(len(table))]
-    lines = zip(table, tags, strict=True)
-    rows = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) for row, tag in lines)
+def _html_table(table: list[list[str]]) -> str:
+    """A table whose first row is its header."""
+    rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in table]
+    rows[0] = rows[0].replace("td>", "th>")
     return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", help="folders of runs")
+    parser.add_argument("runs", nargs="*", default=[], help="folders of runs")
     parser.add_argument("--output", help="write the curves to this PNG file")
     parser.add_argument("--html", help="write one self-contained page to this file")
-    parser.add_argument("--compare", nargs="+", default=[], metavar="RUN", help="print a table of these runs")
+    parser.add_argument("--compare", nargs="+", default=[], metavar="RUN", help="print a table of the runs")
     arguments = parser.parse_args()
     if not arguments.compare and not (arguments.runs and (arguments.output or arguments.html)):
         parser.error("give runs with --output or --html, or --compare RUN RUN")
-    runs = [read_run(folder) for folder in arguments.runs]
+    runs = [read_run(folder) for folder in dict.fromkeys([*arguments.runs, *arguments.compare])]
     if arguments.output:
-        draw_curves(arguments.runs, arguments.output)
+        draw_curves(runs, output_file(arguments.output))
     if arguments.html:
-        Path(arguments.html).parent.mkdir(parents=True, exist_ok=True)
-        Path(arguments.html).write_text(html_page(runs), encoding="utf-8")
+        output_file(arguments.html).write_text(html_page(runs), encoding="utf-8")
     if arguments.compare:
-        print_table(compare_table([read_run(folder) for folder in arguments.compare]))
+        print_table(compare_table(runs))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@
 The texts, prompt included, go to standard output.
 """
 
-import argparse
 import sys
 
 import torch
 
-from eval.loading import load_from, max_positions, model_arguments, run_command
+from eval.loading import load_from, max_positions, model_parser, run_command
 
 
 @torch.no_grad()
@@ -80,8 +79,7 @@ def _converse(model, tokenizer, **settings) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model_arguments(parser)
+    parser = model_parser(__doc__)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="the text to continue")
     prompt.add_argument("--interactive", action="store_true", help="read prompts from standard input, one a line")

@@ -12,12 +12,14 @@ dataset or those of LLM Foundry's files (query, choices, gold / context_options,
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 STYLES = {"hellaswag": ("completion", "harness")}  # the first is the default; every other task has `harness` alone
-ALIASES = {"winograd": "wsc273", "winograd_wsc": "wsc273", "openbook_qa": "openbookqa"}
+POSSESSIVES = "my his her our their".split()
+SMALL_INSIDE = "A An The She He It They My His Her Their".split()  # at the beginning of an option, in mid-sentence
 
 
 @dataclass(frozen=True)
@@ -110,24 +112,11 @@ def _wsc273(row: dict):
         return row["context_options"], [f" {row['continuation']}"] * len(row["context_options"]), row["gold"]
     text = row["text"].replace("  ", " ")
     start, pronoun = row["pronoun_loc"], row["pronoun"]
-    possessive = pronoun.lower() in ("my", "his", "her", "our", "their")
     options = []
     for option in row["options"]:
-        option = f"{option}'s" if possessive else option
+        option = f"{option}'s" if pronoun.lower() in POSSESSIVES else option
         first = option.split()[0]
-        if text[start - 2] != "." and first in (
-            "A",
-            "An",
-            "The",
-            "She",
-            "He",
-            "It",
-            "They",
-            "My",
-            "His",
-            "Her",
-            "Their",
-        ):
+        if text[start - 2] != "." and first in SMALL_INSIDE:
             option = option.replace(first, first.lower())
         options.append(text[:start] + option)
     return options, [text[start + len(pronoun) :]] * len(options), row["label"]
@@ -166,17 +155,11 @@ TASKS = {
 }
 
 
-def task_name(name: str) -> str:
-    """The task's own name; ValueError for one that does not exist."""
-    name = ALIASES.get(name, name)
-    if name not in TASKS:
-        raise ValueError(f"no task {name!r}: there are {', '.join(TASKS)}")
-    return name
-
-
 def task_style(task: str, style: str | None = None) -> str:
-    """The style that a task is scored in; ValueError for one that it does not have."""
-    styles = STYLES.get(task_name(task), ("harness",))
+    """The style that a task is scored in; ValueError for a task or a style that does not exist."""
+    if task not in TASKS:
+        raise ValueError(f"no task {task!r}: there are {', '.join(TASKS)}")
+    styles = STYLES.get(task, ("harness",))
     if style not in (None, *styles):
         raise ValueError(f"{task} has no style {style!r}: it has {' and '.join(styles)}")
     return style or styles[0]
@@ -190,30 +173,32 @@ def read_rows(task: str, *, data: str | Path | None = None, limit: int | None = 
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}: give at least 1, or nothing for all rows")
-    if data is None:
-        from datasets import load_dataset  # a download: only who asks for it needs the library
+    rows = list(islice(_lines(data) if data is not None else _hub_rows(task), limit))
+    if not rows:
+        raise ValueError(f"{data} is empty: give a JSONL file of {task} with one item a line")
+    return rows
 
-        path, name, split = TASKS[task_name(task)].hub
-        dataset = load_dataset(path, name, split=split)
-        count = min(limit or len(dataset), len(dataset))
-        return [Row(f"{path}, row {index}", fields) for index, fields in enumerate(dataset.select(range(count)))]
-    rows = []
-    with open(data, encoding="utf-8") as file:
+
+def _hub_rows(task: str) -> Iterator[Row]:
+    from datasets import load_dataset  # a download: only who asks for it needs the library
+
+    path, name, split = TASKS[task].hub
+    for index, fields in enumerate(load_dataset(path, name, split=split)):
+        yield Row(f"{path}, row {index}", fields)
+
+
+def _lines(path: str | Path) -> Iterator[Row]:
+    with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
                 fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{data}, line {number}: no JSON ({error.msg}): give one object a line") from None
+            except json.JSONDecodeError:
+                fields = None
             if not isinstance(fields, dict):
-                raise ValueError(f"{data}, line {number}: {line[:60].strip()!r} is no JSON object")
-            rows.append(Row(f"{data}, line {number}", fields))
-            if len(rows) == limit:
-                break
-    if not rows:
-        raise ValueError(f"{data} is empty: give a JSONL file of {task} with one item a line")
-    return rows
+                raise ValueError(f"{path}, line {number}: no JSON object, but {line[:60].strip()!r}")
+            yield Row(f"{path}, line {number}", fields)
 
 
 def render(row: Row, task: str, style: str | None = None) -> Item:
@@ -222,7 +207,7 @@ def render(row: Row, task: str, style: str | None = None) -> Item:
     Raises:
         ValueError: a missing field, an empty ending, a label out of range; with the line of the file.
     """
-    task, style = task_name(task), task_style(task, style)
+    style = task_style(task, style)
     try:
         if style == "completion":
             contexts, choices, label = _question(row.fields["ctx"], row.fields["endings"], row.fields["label"])

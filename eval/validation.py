@@ -7,7 +7,6 @@ Works for every causal language model of the library, so that a baseline comes o
 compared with it. The JSON holds `loss`, `perplexity`, `bits_per_byte`, `tokens` and what they were measured on.
 """
 
-import argparse
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from eval.loading import load_from, max_positions, model_arguments, run_command, write_json
+from eval.loading import load_from, max_positions, model_parser, run_command, write_json
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
@@ -166,8 +165,7 @@ def _text_batches(arguments, model, tokenizer, *, seq_len: int) -> tuple[Batches
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model_arguments(parser)
+    parser = model_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--dataset", help="folder of prepared token shards; its validation split is measured")
     source.add_argument("--text", help="a text file in UTF-8")

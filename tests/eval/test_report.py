@@ -8,9 +8,10 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from eval.report import compare_table, draw_curves, html_page, read_run, smooth
+from eval.report import compare_table, draw_curves, html_page, main, read_run, stretches
 
 
 def write_run(folder, *, floor: float, dataset: str, hellaswag: bool = True, **recipe):
@@ -29,7 +30,8 @@ def write_run(folder, *, floor: float, dataset: str, hellaswag: bool = True, **r
             rows.append({"step": step, "kind": "val", "loss": loss - noise, "tokens": tokens})
             score = {"acc": 0.26, "acc_norm": 0.25 + step / 80_000 + (3.05 - floor) / 10, "n": 10_042}
             if hellaswag:
-                rows.append({"step": step, "kind": "eval", "task": "hellaswag", "style": "completion", **score})
+                score |= {"tokens": tokens, "task": "hellaswag", "style": "completion"}
+                rows.append({"step": step, "kind": "eval", **score})
             text = f"Hello <script>alert('{step}')</script> & more"
             rows.append({"step": step, "kind": "sample", "prompt": "Hello", "texts": [text]})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -53,14 +55,14 @@ def figure_texts(monkeypatch, folders, png):
     drawn = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
-    draw_curves(folders, png)
+    draw_curves([read_run(folder) for folder in folders], png)
     assert {panel.get_xlabel() for panel in drawn[0].axes} == {"tokens"}
     return [text.get_text() for text in drawn[0].findobj(Text) if text.get_text()]
 
 
 def test_the_picture_has_every_curve_and_the_lines_of_the_released_models(two_runs, tmp_path, monkeypatch):
-    texts = figure_texts(monkeypatch, two_runs, tmp_path / "out" / "curves.png")
-    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    texts = figure_texts(monkeypatch, two_runs, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     for name in ("adamw", "muon"):
         assert {f"{name} train", f"{name} val", f"{name} hellaswag completion"} <= set(texts)
     assert "released GPT-2 124M, 3.2924" in texts
@@ -75,18 +77,12 @@ def test_the_released_loss_is_drawn_for_its_own_dataset_only(tmp_path, monkeypat
     assert not [text for text in texts if "GPT-" in text]
 
 
-def test_a_resumed_run_keeps_the_later_row_and_a_half_written_one_is_left_out(tmp_path):
-    rows = [{"step": step, "kind": "train", "loss": loss} for step, loss in [(1, 5.0), (2, 4.0), (3, 9.0), (3, 3.0)]]
+def test_a_half_written_row_is_left_out_and_a_folder_without_rows_is_named(tmp_path):
+    rows = [{"step": step, "kind": "train", "loss": loss} for step, loss in [(1, 5.0), (2, 4.0), (3, None)]]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 4, "kind": "tr')
-    assert read_run(tmp_path).series("train", "loss", "step") == ([1, 2, 3], [5.0, 4.0, 3.0])
-
-
-def test_a_broken_line_is_named_by_its_number(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kind": "train"}\nnonsense\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: 'nonsense'"):
-        read_run(tmp_path)
-    with pytest.raises(ValueError, match=r"holds no metrics\.jsonl"):
+    assert [row["loss"] for row in read_run(tmp_path).losses("train")] == [5.0, 4.0]
+    with pytest.raises(ValueError, match=r"holds no metrics\.jsonl with rows: give the folder of a run"):
         read_run(tmp_path / "nowhere")
 
 
@@ -94,7 +90,7 @@ def test_the_table_shows_figures_and_the_settings_that_differ(two_runs):
     table = {row[0]: row[1:] for row in compare_table([read_run(folder) for folder in two_runs])}
     assert table["tokens"] == ["2,097,152,000"] * 2
     assert table["optimizer"] == ["adamw", "muon"]
-    assert table["hellaswag (completion)"] == [
+    assert table["hellaswag completion"] == [
         "acc 26.00 %, acc_norm 30.00 % of 10,042",
         "acc 26.00 %, acc_norm 30.70 % of 10,042",
     ]
@@ -103,9 +99,29 @@ def test_the_table_shows_figures_and_the_settings_that_differ(two_runs):
     assert "output_dir" not in table
 
 
-def test_smoothing_keeps_a_straight_line_straight():
-    line = [float(value) for value in range(500)]
-    assert smooth(line) == pytest.approx(line)
+def test_a_size_that_one_recipe_leaves_to_a_named_shape_is_compared_by_the_models_own(tmp_path):
+    runs = [write_run(tmp_path / name, floor=3.05, dataset="x") for name in ("named", "given")]
+    for folder, n_layer in zip(runs, (None, 12), strict=True):
+        info = {"recipe": {"model": "gpt2", "n_layer": n_layer}, "model": {"parameters": 124_439_808, "n_layer": 12}}
+        (folder / "run.json").write_text(json.dumps(info))
+    assert "n_layer" not in {row[0] for row in compare_table([read_run(folder) for folder in runs])}
+
+
+def test_the_mean_of_every_stretch_of_a_straight_line_lies_on_it():
+    steps = np.arange(519.0)
+    line = stretches(np.stack([steps, 3 * steps + 1], axis=1))
+    assert line.shape == (100, 2)
+    assert line[:, 1] == pytest.approx(3 * line[:, 0] + 1)
+    assert stretches(line[:3]) == pytest.approx(line[:3])
+
+
+def test_the_command_says_what_it_writes_and_makes_its_folder(two_runs, tmp_path, monkeypatch, capsys):
+    png = tmp_path / "out" / "curves.png"
+    monkeypatch.setattr(sys, "argv", ["report", "--output", str(png), "--compare", *map(str, two_runs)])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"writing {png}" and png.is_file()
+    assert lines[1].split() == ["adamw", "muon"]
 
 
 def test_text_of_a_model_cannot_become_markup(two_runs):
@@ -144,7 +160,7 @@ def test_the_page_renders_in_a_browser_without_a_request(two_runs, tmp_path):
     subprocess.run(command, check=True)
     seen = browse(page, tmp_path, screenshot=picture)
     assert seen["width"] > 1500  # 0 for a picture that does not decode
-    assert seen["tables"] == 3  # figures, and the settings of both runs
+    assert seen["tables"] == 1
     assert seen["asked"] == []
     assert picture.stat().st_size > 50_000
     # The same look does notice a page that asks for something.
