@@ -1,15 +1,20 @@
 """What all tests share: real data where there is some, a small prepared dataset, and a way to run the script."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_accelerate.py"
+HELD = ROOT / "tests" / "held.py"
 CONFIGS = ROOT / "accelerate_configs"
 
 
@@ -51,25 +56,75 @@ class TrainScript:
 
     def start(
         self, output_dir: Path, *, processes: int = 1, config: Path = CONFIGS / "cpu_2proc.yaml",
-        script: Path = SCRIPT, env: dict | None = None, **fields,
+        launcher: Sequence[str] = (), script: Path = SCRIPT, env: dict | None = None, **fields,
     ) -> subprocess.Popen:  # fmt: skip
-        """The script, started; standard output and error come together."""
-        command = [sys.executable]
-        if processes > 1:
-            command += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes",
-                        str(processes), "--main_process_port", "0"]  # fmt: skip
-        command += [str(script), *self.flags(output_dir, **fields)]
+        """The script, started, several processes by `launcher`; standard output and error come together."""
+        if processes > 1 and not launcher:
+            launcher = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes),
+                        "--main_process_port", "0"]  # fmt: skip
+        command = [sys.executable, *(["-m", *launcher] if launcher else []), str(script)]
         return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [*command, *self.flags(output_dir, **fields)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(env or {})},
         )  # fmt: skip
+
+    def start_held(self, output_dir: Path, place: str, *, processes: int = 1, **settings) -> subprocess.Popen:
+        """The script, started, when all its processes have come to `place` and wait there; see held.py."""
+        held_at = self._held_at(output_dir)
+        came = [Path(f"{held_at}.{rank}") for rank in range(processes)]
+        for file in came:
+            file.unlink(missing_ok=True)
+        held_at.write_text(place)
+        process = self.start(output_dir, processes=processes, script=HELD, env={"HELD_AT": str(held_at)}, **settings)
+        wait_until(lambda: all(file.exists() for file in came), process)
+        return process
+
+    def let_go(self, output_dir: Path) -> None:
+        """Let a run that waits at its place go on."""
+        self._held_at(output_dir).unlink()
+
+    def _held_at(self, output_dir: Path) -> Path:
+        return output_dir.with_name(f"{output_dir.name}.held")
 
     def __call__(self, output_dir: Path, *, exit_code: int = 0, **settings) -> str:
         """A whole run; returns what it printed."""
         process = self.start(output_dir, **settings)
-        output, _ = process.communicate(timeout=240)
+        output = end(process)
         assert process.returncode == exit_code, output
         return output
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen) -> None:
+    """Return when `condition` holds, which must come while the process lives."""
+    deadline = time.monotonic() + 300
+    while True:
+        over = process.poll() is not None or time.monotonic() > deadline
+        if condition():
+            return
+        if over:
+            kill(process)
+            raise AssertionError(process.communicate()[0])
+        time.sleep(0.01)
+
+
+def end(process: subprocess.Popen, *, seconds: float = 600) -> str:
+    """All that a process prints until it ends, which it must do in time."""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to the process and all that it started."""
+    started = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 @pytest.fixture(scope="session")
@@ -79,9 +134,12 @@ def train_script(tiny_dataset) -> TrainScript:
 
 @pytest.fixture(scope="session")
 def unbroken_run(train_script, tmp_path_factory) -> Path:
-    """The folder of a tiny run of one process that nothing interrupted: 8 steps of 2 micro steps of 4 sequences."""
+    """The folder of a tiny run of one process that nothing interrupted: 8 steps of 2 micro steps of 4 sequences.
+
+    What it printed is in unbroken.log beside it.
+    """
     run_dir = tmp_path_factory.mktemp("runs") / "unbroken"
-    train_script(run_dir)
+    run_dir.with_suffix(".log").write_text(train_script(run_dir))
     return run_dir
 
 

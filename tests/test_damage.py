@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import resource
 import shutil
 
@@ -11,7 +10,7 @@ import pytest
 import train_accelerate
 from gpt2repro.data.inspect import main as inspect
 from gpt2repro.data.shards import open_dataset
-from tests.conftest import train_rows
+from tests.conftest import end, train_rows
 from tests.test_train import assert_same_bits
 from tests.training.test_checkpoints import DAMAGE, content, file_size_limit, flip
 
@@ -98,7 +97,7 @@ def test_a_full_disk_in_a_save_is_one_error_on_each_of_two_processes_and_the_run
     before = content(interrupted_run / "step-00000006")
     with file_size_limit(limit):
         process = train_script.start(interrupted_run, processes=2)
-    output, _ = process.communicate(timeout=120)
+    output = end(process)
     assert process.returncode == 1
     assert output.count(f"error: saving step 8 in {interrupted_run} failed") == 1, output
     assert output.count("error on process 1: ") <= 1  # the same, if the launcher let it live so long
@@ -111,21 +110,14 @@ def test_a_full_disk_in_a_save_is_one_error_on_each_of_two_processes_and_the_run
 
 def test_a_metrics_file_that_cannot_grow_is_one_error_and_no_row_is_lost_or_doubled(train_script, tmp_path):
     fields = {"max_steps": 60, "save_every": 20, "eval_every": 0, "n_embd": 8}
-    process = train_script.start(tmp_path / "run", **fields)
-    _wait_for_rows(tmp_path / "run", process)
+    process = train_script.start_held(tmp_path / "run", "step 25", **fields)
     grown = (tmp_path / "run" / "metrics.jsonl").stat().st_size
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (grown + 100, resource.RLIM_INFINITY))
-    output, _ = process.communicate(timeout=120)
+    train_script.let_go(tmp_path / "run")
+    output = end(process)
     assert process.returncode == 1, output
     (error,) = [line for line in output.splitlines() if line.startswith("error")]
     assert "metrics.jsonl cannot be written (File too large); the checkpoints are untouched: make room" in error
     assert "Traceback" not in output and "Exception ignored" not in output
-    train_script(tmp_path / "run", **fields)
+    assert f"resumed from {tmp_path / 'run' / 'step-00000020'}" in train_script(tmp_path / "run", **fields)
     assert list(train_rows(tmp_path / "run")) == list(range(1, 61))
-
-
-def _wait_for_rows(run_dir, process):
-    metrics = run_dir / "metrics.jsonl"
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert process.poll() is None, process.communicate()[0]
-        os.sched_yield()

@@ -21,7 +21,7 @@ from gpt2repro.cli import parse_recipe
 from gpt2repro.training.arguments import Recipe
 from gpt2repro.training.metrics import PEAK_FLOPS, flops_per_token
 from modeling_gpt2repro import GPT2ReproForCausalLM
-from tests.conftest import ROOT, train_rows
+from tests.conftest import ROOT, end, train_rows, wait_until
 from train_accelerate import DEFAULT_RECIPE
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -165,7 +165,7 @@ def started(tiny_dataset, tmp_path_factory) -> Path:
         commands.append(command)
     code = f"import train_accelerate\nassert [train_accelerate.main(c) for c in {commands!r}] == [0] * {len(commands)}"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -194,7 +194,7 @@ def run_until_done(tmp_path: Path, codes: list[int]) -> tuple[int, int]:
         f"codes=({' '.join(map(str, codes))})\ncount=$(cat {tmp_path}/count 2>/dev/null || echo 0)\n"
         f'echo $((count + 1)) > {tmp_path}/count\nexit "${{codes[$count]}}"\n'
     )
-    done = subprocess.run([RUN, "bash", str(script)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([RUN, "bash", str(script)], capture_output=True, text=True, timeout=600)
     return done.returncode, int((tmp_path / "count").read_text())
 
 
@@ -210,11 +210,11 @@ def test_the_loop_passes_a_signal_on_and_does_not_start_again(tmp_path):
     started = tmp_path / "started"
     command = f"trap 'exit 75' TERM; echo x >> {started}; for _ in $(seq 200); do sleep 0.1; done"
     process = subprocess.Popen([RUN, "bash", "-c", command])
-    while not started.exists():
-        time.sleep(0.05)
-    time.sleep(0.3)
+    wait_until(started.exists, process)
+    time.sleep(0.3)  # so that run.sh, too, knows of the command that it started
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 75
+    end(process)
+    assert process.returncode == 75
     assert started.read_text() == "x\n"
 
 
@@ -222,5 +222,5 @@ def test_shellcheck_finds_nothing():
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if not shellcheck:
         pytest.skip("shellcheck is not installed")
-    scripts = [str(path) for folder in ("recipes", "benchmarks") for path in (ROOT / folder).rglob("*.sh")]
+    scripts = [ROOT / "accelerate_configs" / "slurm.sbatch", *ROOT.glob("recipes/*.sh"), *ROOT.glob("benchmarks/*.sh")]
     subprocess.run([shellcheck, *scripts], check=True)

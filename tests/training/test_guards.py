@@ -61,7 +61,7 @@ def test_the_watchdog_names_where_a_process_hangs_and_ends_it():
         "    threading.Event().wait()\n"
         "wait_for_ever()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert "error on process 3: no progress for 0.02 minutes, in step 12, at:" in done.stderr
     assert "wait_for_ever" in done.stderr
@@ -69,19 +69,20 @@ def test_the_watchdog_names_where_a_process_hangs_and_ends_it():
 
 def test_the_watchdog_leaves_a_process_alone_that_makes_progress():
     code = (
-        "import time\n"
+        "import threading, time\n"
         "from gpt2repro.training.guards import Watchdog\n"
-        "watchdog = Watchdog(0.005, rank=0)\n"
-        "for watchdog.step in range(30):\n"
-        "    time.sleep(0.05)\n"  # the same place all the time, in another step
-        "end = time.monotonic() + 1.0\n"
+        "watchdog = Watchdog(0.03, rank=0)\n"  # 1.8 seconds, which no busy machine keeps a thread waiting
+        "for watchdog.step in range(25):\n"
+        "    time.sleep(0.1)\n"  # the same place all the time, in another step
+        "end = time.monotonic() + 2.5\n"
         "while time.monotonic() < end:\n"  # the same step all the time, in another place
         "    sum(range(50_000))\n"
         "    sorted(range(50_000))\n"
+        "(thread,) = [thread for thread in threading.enumerate() if thread.name == 'watchdog']\n"
         "watchdog.stop()\n"
-        "time.sleep(0.6)\n"
+        "thread.join()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (0, "")
 
 
