@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 
-from eval.loading import load_from, model_parser, run_command, write_json
+from eval.loading import load_from, model_parser, output_file, run_command, write_json
 
 CHANNELS = (0.2, 0.5, 0.8)  # which channels are drawn as curves, as places between the first and the last
 BINS = 61  # of a histogram
 POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")
-KINDS = {"token embedding": "wte", "position embedding": "wpe", "attention": "attn", "MLP": "mlp"}
 
 
 def position_table(model) -> torch.Tensor | None:
@@ -44,13 +43,13 @@ def similarity(table: torch.Tensor) -> torch.Tensor:
 
 
 def weights_by_kind(model) -> dict[str, torch.Tensor]:
-    """All matrices of each kind as one flat tensor; what fits no kind of GPT-2's names is left out."""
-    groups: dict[str, list[torch.Tensor]] = {kind: [] for kind in KINDS}
+    """All matrices of a kind as one flat tensor; the kind is the end of the name, e.g. `attn.c_proj` in all blocks."""
+    groups: dict[str, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
-        for kind, part in KINDS.items():
-            if parameter.dim() == 2 and part in name.split("."):
-                groups[kind].append(parameter.detach().float().flatten().cpu())
-    return {kind: torch.cat(tensors) for kind, tensors in groups.items() if tensors}
+        if parameter.dim() == 2:
+            kind = ".".join(name.removesuffix(".weight").removeprefix("transformer.").split(".")[-2:])
+            groups.setdefault(kind, []).append(parameter.detach().float().flatten().cpu())
+    return {kind: torch.cat(tensors) for kind, tensors in groups.items()}
 
 
 def measure(model) -> dict:
@@ -59,64 +58,60 @@ def measure(model) -> dict:
         kind: {"std": values.std().item(), "largest": values.abs().max().item(), "count": values.numel()}
         for kind, values in weights_by_kind(model).items()
     }
-    table = position_table(model)
-    if table is None:
-        return {"position_embedding": None, "weights": weights}
-    cosines = similarity(table)
-    positions = {
-        "shape": list(table.shape),
-        "roughness_median": roughness(table).median().item(),
-        "neighbour_similarity_mean": cosines.diagonal(1).mean().item(),
-    }
+    table, positions = position_table(model), None
+    if table is not None:
+        positions = {
+            "shape": list(table.shape),
+            "roughness_median": roughness(table).median().item(),
+            "neighbour_similarity_mean": similarity(table).diagonal(1).mean().item(),
+        }
     return {"position_embedding": positions, "weights": weights}
 
 
 def draw_weights(model, png: str | Path, *, title: str = "") -> None:
     """Write the picture: four panels, or the histograms alone for a model without a position table."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     table = position_table(model)
-    figure = Figure(figsize=(11, 8) if table is not None else (6, 4.4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10)
+    figure = Figure(figsize=(7, 5) if table is None else (13, 10), dpi=120, layout="constrained")
+    figure.suptitle(title)
     if table is None:
         _draw_histograms(figure.subplots(), model)
     else:
-        panels = figure.subplots(2, 2).flatten()
-        _draw_positions(panels[0], panels[1], panels[2], table)
-        _draw_histograms(panels[3], model)
-    Path(png).parent.mkdir(parents=True, exist_ok=True)
+        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)  # inches
+        picture, curves, cosines, histograms = figure.subplots(2, 2).flatten()
+        _draw_table(picture, table, "position embeddings", bound=3 * table.std().item())
+        picture.set(xlabel="channel", ylabel="position")
+        _draw_channels(curves, table)
+        _draw_table(cosines, similarity(table), "cosine similarity of positions", bound=1)
+        cosines.set(xlabel="position", ylabel="position")
+        _draw_histograms(histograms, model)
     figure.savefig(png)
 
 
-def _draw_positions(picture, curves, cosines, table: torch.Tensor) -> None:
-    bound = 3 * table.std().item()
-    image = picture.imshow(table, cmap="RdBu", vmin=-bound, vmax=bound, aspect="auto", interpolation="nearest")
-    picture.set(title="position embeddings", xlabel="channel", ylabel="position")
-    picture.figure.colorbar(image, ax=picture)
+def _draw_table(panel, table: torch.Tensor, title: str, *, bound: float) -> None:
+    image = panel.imshow(table, cmap="RdBu", vmin=-bound, vmax=bound, aspect="auto", interpolation="nearest")
+    panel.set_title(title)
+    panel.figure.colorbar(image, ax=panel)
+
+
+def _draw_channels(panel, table: torch.Tensor) -> None:
     for place in CHANNELS:
         channel = int(place * table.shape[1])
-        curves.plot(table[:, channel], linewidth=0.9, label=f"channel {channel}")
-    median = roughness(table).median().item()
-    curves.set(title=f"channels over positions (roughness {median:.3f}, noise is 1)", xlabel="position")
-    curves.legend(frameon=False, fontsize=8)
-    curves.grid(alpha=0.25)
-    image = cosines.imshow(similarity(table), cmap="RdBu", vmin=-1, vmax=1, interpolation="nearest")
-    cosines.set(title="cosine similarity of positions", xlabel="position", ylabel="position")
-    cosines.figure.colorbar(image, ax=cosines)
+        panel.plot(table[:, channel], linewidth=0.9, label=f"channel {channel}")
+    median = roughness(table).median()
+    panel.set(title=f"channels over positions: roughness {median:.3f}, noise is 1", xlabel="position")
+    panel.legend(frameon=False, fontsize=8)
+    panel.grid(alpha=0.25)
 
 
 def _draw_histograms(panel, model) -> None:
     for kind, values in weights_by_kind(model).items():
         reach = 5 * values.std().item()
-        counts = torch.histc(values, bins=BINS, min=-reach, max=reach)
-        centres = torch.linspace(-reach, reach, BINS)
-        density = counts / counts.sum() / (2 * reach / BINS)
-        panel.plot(centres, density, linewidth=1.2, label=f"{kind}, std {values.std().item():.3f}")
+        density, edges = torch.histogram(values, BINS, range=(-reach, reach), density=True)
+        panel.plot((edges[:-1] + edges[1:]) / 2, density, linewidth=1.2, label=f"{kind}, std {values.std():.3f}")
     panel.set(title="weights by kind", xlabel="value", ylabel="density", yscale="log")
-    panel.locator_params(axis="x", nbins=6)
-    panel.legend(frameon=False, fontsize=8, loc="lower center")
+    panel.legend(frameon=False, fontsize=8)
     panel.grid(alpha=0.25)
 
 
@@ -127,20 +122,16 @@ def main() -> None:
     arguments = parser.parse_args()
     model, _ = load_from(arguments)
     numbers = measure(model)
-    draw_weights(model, arguments.output, title=arguments.model)
-    positions = numbers["position_embedding"]
-    if positions is None:
-        print("position embedding: none (the model has no learned table)")
+    if positions := numbers["position_embedding"]:
+        shape, rough, cosine = positions.values()
+        print(f"position embedding {shape}: roughness {rough:.3f} (noise is 1), neighbours' cosine {cosine:.3f}")
     else:
-        print(
-            f"position embedding: {positions['shape'][0]} x {positions['shape'][1]}, median roughness "
-            f"{positions['roughness_median']:.3f} (noise is 1), neighbours' mean cosine "
-            f"{positions['neighbour_similarity_mean']:.3f}"
-        )
+        print("position embedding: none (the model has no learned table)")
     for kind, figures in numbers["weights"].items():
         print(f"{kind}: std {figures['std']:.4f}, largest {figures['largest']:.3f}, {figures['count']:,} weights")
+    draw_weights(model, output_file(arguments.output), title=arguments.model)
     if arguments.json:
-        write_json(arguments.json, numbers)
+        write_json(output_file(arguments.json), numbers)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 import modeling_gpt2repro  # noqa: F401 (the import registers our classes with the Auto classes)
 
@@ -36,7 +37,6 @@ def load_model(
         ValueError: no such folder, no checkpoint in it, or a tokenizer that does not fit the model's vocabulary.
         OSError: nothing to load under that name.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):  # no Hub id looks so
         raise ValueError(
             f"there is no folder {name}: give a checkpoint folder, or a Hub id such as openai-community/gpt2"
@@ -48,7 +48,11 @@ def load_model(
     model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **trust)
     loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer or name, **trust)
     check_vocabulary(model, loaded_tokenizer)
-    return model.to(device).eval(), loaded_tokenizer
+    return model.to(device or best_device()).eval(), loaded_tokenizer
+
+
+def best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_vocabulary(model, tokenizer) -> None:
@@ -78,7 +82,7 @@ def model_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: %(default)s"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    parser.add_argument("--device", default=best_device(), help="cpu, cuda, cuda:1, … (here the default: %(default)s)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that lies beside the weights")
     return parser
 
@@ -104,6 +108,8 @@ def write_json(path: str | Path, value: dict) -> None:
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command; an error that a person can mend becomes one line on standard error and exit code 1."""
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # in a log every turn of a bar is a line
     try:
         main()
     except (ValueError, OSError) as error:

@@ -351,7 +351,7 @@ def run_task(arguments: argparse.Namespace, task: str) -> dict | None:
     """
     style = task_style(task, arguments.style)
     rows = read_rows(task, data=arguments.data, limit=arguments.limit)
-    state = PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
+    state = PartialState(cpu=arguments.device == "cpu")
     share = {"rank": state.process_index, "world_size": state.num_processes}
     if state.num_processes > 1:
         arguments.device = str(state.device)

@@ -65,45 +65,31 @@ def sample(
     return tokenizer.batch_decode(output, skip_special_tokens=True)
 
 
-def _converse(model, tokenizer, **settings) -> None:
-    """Read prompts from standard input until it ends; every prompt starts anew."""
-    print("a prompt and Enter; an empty line or Ctrl-D ends", file=sys.stderr)
-    for line in sys.stdin:
-        if not line.strip():
-            return
-        try:
-            for text in sample(model, tokenizer, line.rstrip("\n"), **settings):
-                print(text, flush=True)
-        except ValueError as error:  # a prompt that is too long must not end the conversation
-            print(f"error: {error}", file=sys.stderr)
-
-
 def main() -> None:
     parser = model_parser(__doc__)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="the text to continue")
     prompt.add_argument("--interactive", action="store_true", help="read prompts from standard input, one a line")
-    parser.add_argument("--num-samples", type=int, default=4)
-    parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--top-k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all of them")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--num-samples", type=int, default=4, help="texts of a prompt (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="of a text (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=50, help="likeliest tokens; 0: all (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="of the sampling (default: %(default)s)")
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token: one text, no seed")
     arguments = parser.parse_args()
+    names = ("num_samples", "max_new_tokens", "temperature", "seed", "greedy")
+    settings = {name: getattr(arguments, name) for name in names} | {"top_k": arguments.top_k or None}
     model, tokenizer = load_from(arguments)
-    settings = {
-        "num_samples": arguments.num_samples,
-        "max_new_tokens": arguments.max_new_tokens,
-        "top_k": arguments.top_k or None,
-        "temperature": arguments.temperature,
-        "seed": arguments.seed,
-        "greedy": arguments.greedy,
-    }
-    if arguments.interactive:
-        _converse(model, tokenizer, **settings)
+    if not arguments.interactive:
+        for text in sample(model, tokenizer, arguments.prompt, **settings):
+            print(f"> {text}")
         return
-    for text in sample(model, tokenizer, arguments.prompt, **settings):
-        print(f"> {text}")
+    print("a prompt and Enter; Ctrl-D ends", file=sys.stderr)
+    for line in sys.stdin:  # every prompt starts anew
+        try:
+            print(*sample(model, tokenizer, line.rstrip("\n"), **settings), sep="\n", flush=True)
+        except ValueError as error:  # a prompt that is too long must not end the conversation
+            print(f"error: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from eval.loading import load_from, max_positions, model_parser, run_command, write_json
+from eval.loading import load_from, max_positions, model_parser, output_file, run_command, write_json
+from gpt2repro.data.loader import validation_batches
+from gpt2repro.data.shards import open_dataset, tokenizer_sha256
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
@@ -34,19 +36,15 @@ def validation_loss(
     Raises:
         ValueError: no token to count.
     """
-    loss_and_count = []  # (2,) each, left on the device: reading one would stop the queue of kernels at every batch
+    # Left on the device: reading one would stop the queue of kernels at every batch. A process without a share has
+    # zeros to give, because the others wait for it in `reduce`.
+    sums = [torch.zeros(2, device=model.device)]
     for input_ids, targets in batches:
         loss = _summed_loss(model, input_ids, targets, loss_impl)
-        loss_and_count.append(torch.stack([loss.float(), (targets != -100).sum().float()]))
-    if not loss_and_count:  # this process has no share, but the others wait for it in `reduce`
-        loss_and_count.append(torch.zeros(2, device=next(model.parameters()).device))
-    table = torch.stack(loss_and_count)  # (batches, 2)
-    if reduce is None:
-        table = table.cpu()
-    totals = table.double().sum(0)
-    if reduce is not None:
-        totals = reduce(totals)
-    loss_sum, tokens = totals.tolist()
+        sums.append(torch.stack([loss.float(), (targets != -100).sum().float()]))
+    table = torch.stack(sums)  # (batches + 1, 2)
+    totals = (table if reduce else table.cpu()).double().sum(0)
+    loss_sum, tokens = (reduce(totals) if reduce else totals).tolist()
     if tokens == 0:
         raise ValueError("no token to validate on: the batches were empty or all their targets -100")
     return loss_sum / tokens, int(tokens)
@@ -105,63 +103,39 @@ def bytes_per_token(tokenizer) -> np.ndarray | None:
         return None
     special = set(tokenizer.all_special_ids)
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    return np.array([0 if index in special else len(token or "") for index, token in enumerate(tokens)])
+    lengths = [0 if index in special else len(token or "") for index, token in enumerate(tokens)]
+    return np.array(lengths, dtype=np.uint16)
 
 
-def _dataset_batches(arguments, model, tokenizer, *, seq_len: int) -> tuple[Batches, dict]:
-    """The validation windows of a prepared dataset, and a record that counts their bytes as they pass."""
-    from gpt2repro.data.loader import validation_batches
-    from gpt2repro.data.shards import open_dataset, tokenizer_sha256
-
-    dataset = open_dataset(arguments.dataset)
+def _dataset_loss(model, tokenizer, folder: str, *, seq_len: int, batch_size: int, max_tokens: int | None) -> dict:
+    """Loss, tokens and their bytes on the first windows of a prepared dataset's validation split."""
+    dataset = open_dataset(folder)
     if tokenizer_sha256(tokenizer) != dataset.tokenizer_sha256:
         raise ValueError(
-            f"{arguments.dataset} was prepared with another tokenizer ({dataset.vocab_size:,} tokens) than the model "
-            f"has ({len(tokenizer):,} tokens): prepare the same text again with the model's"
+            f"{folder} was prepared with another tokenizer ({dataset.vocab_size:,} tokens) than the model has "
+            f"({len(tokenizer):,} tokens): prepare the same text again with the model's"
         )
     stream = dataset.split("val")
-    byte_counts, counted = bytes_per_token(tokenizer), {"bytes": 0}
-    if byte_counts is None:
-        counted["bytes"] = None
-
-    def batches():
-        for input_ids, targets in validation_batches(
-            stream,
-            seq_len=seq_len,
-            max_tokens=arguments.max_tokens or stream.tokens,
-            micro_batch_size=arguments.batch_size,
-            rank=0,
-            world_size=1,
-            vocab_size=dataset.vocab_size,
-            device=model.device,
-        ):
-            if byte_counts is not None:
-                counted["bytes"] += int(byte_counts[targets[targets >= 0].cpu().numpy()].sum())
-            yield input_ids, targets
-
-    return batches(), counted
+    batches = validation_batches(
+        stream, seq_len=seq_len, max_tokens=max_tokens or stream.tokens, micro_batch_size=batch_size,
+        vocab_size=dataset.vocab_size, device=model.device,
+    )  # fmt: skip
+    loss, tokens = validation_loss(model, batches)
+    of_token = bytes_per_token(tokenizer)
+    size = None if of_token is None else int(of_token[stream.read(1, tokens)].sum())
+    return {"loss": loss, "tokens": tokens, "bytes": size}
 
 
-def _text_batches(arguments, model, tokenizer, *, seq_len: int) -> tuple[Batches, dict]:
-    """The windows of a text file, and its bytes."""
-    text = Path(arguments.text).read_text(encoding="utf-8")
+def _text_loss(model, tokenizer, file: str, *, seq_len: int, batch_size: int, stride: int) -> dict:
+    """Loss, tokens and bytes of a text file."""
+    text = Path(file).read_text(encoding="utf-8")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if arguments.max_tokens and arguments.max_tokens < len(ids):
-        ids = ids[: arguments.max_tokens]
-        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start_id is None:
-        raise ValueError("the tokenizer has neither a bos nor an eos token to start the text with: give another one")
-    stride = arguments.stride or seq_len
-    windows = text_windows(
-        ids,
-        start_id=start_id,
-        seq_len=seq_len,
-        stride=stride,
-        batch_size=arguments.batch_size,
-        device=model.device,
+    start_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    batches = text_windows(
+        ids, start_id=start_id, seq_len=seq_len, stride=stride, batch_size=batch_size, device=model.device
     )
-    return windows, {"bytes": len(text.encode("utf-8")), "stride": stride}
+    loss, tokens = validation_loss(model, batches)
+    return {"loss": loss, "tokens": tokens, "bytes": len(text.encode("utf-8")), "stride": stride}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -171,34 +145,36 @@ def main(argv: list[str] | None = None) -> None:
     source.add_argument("--text", help="a text file in UTF-8")
     parser.add_argument("--seq-len", type=int, help="tokens of a window (default: the model's longest)")
     parser.add_argument("--stride", type=int, help="--text: new tokens of a window (default: seq-len, no overlap)")
-    parser.add_argument("--max-tokens", type=int, help="count at most this many tokens (default: all)")
-    parser.add_argument("--batch-size", type=int, default=4, help="windows a forward")
+    parser.add_argument("--max-tokens", type=int, help="--dataset: count at most this many tokens (default: all)")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows a forward (default: %(default)s)")
     parser.add_argument("--output", help="write the figures to this JSON file")
     arguments = parser.parse_args(argv)
     if arguments.dataset and arguments.stride:
         parser.error("--stride goes with --text: the windows of a prepared dataset do not overlap")
+    if arguments.text and arguments.max_tokens:
+        parser.error("--max-tokens goes with --dataset: a text is measured to its end")
     model, tokenizer = load_from(arguments)
     seq_len = arguments.seq_len or max_positions(model)
     if not 1 <= seq_len <= max_positions(model):
         raise ValueError(f"--seq-len is {seq_len}: the model takes 1 to {max_positions(model)} tokens")
-    make_batches = _dataset_batches if arguments.dataset else _text_batches
-    batches, measured = make_batches(arguments, model, tokenizer, seq_len=seq_len)
-    loss, tokens = validation_loss(model, batches)
-    result = {
-        "loss": loss,
+    shape = {"seq_len": seq_len, "batch_size": arguments.batch_size}
+    if arguments.dataset:
+        result = _dataset_loss(model, tokenizer, arguments.dataset, max_tokens=arguments.max_tokens, **shape)
+    else:
+        result = _text_loss(model, tokenizer, arguments.text, stride=arguments.stride or seq_len, **shape)
+    loss, tokens, size = result["loss"], result["tokens"], result["bytes"]
+    result |= {
         "perplexity": math.exp(loss),
-        "bits_per_byte": loss * tokens / math.log(2) / measured["bytes"] if measured["bytes"] else None,
-        "tokens": tokens,
-        **measured,
+        "bits_per_byte": loss * tokens / math.log(2) / size if size else None,
         "seq_len": seq_len,
         "model": arguments.model,
         "measured_on": arguments.dataset or arguments.text,
         "dtype": arguments.dtype,
     }
-    bits = "not known for this tokenizer" if result["bits_per_byte"] is None else f"{result['bits_per_byte']:.4f}"
+    bits = f"{result['bits_per_byte']:.4f}" if size else "not known for this tokenizer"
     print(f"loss {loss:.4f}  perplexity {result['perplexity']:.2f}  bits per byte {bits}  tokens {tokens:,}")
     if arguments.output:
-        write_json(arguments.output, result)
+        write_json(output_file(arguments.output), result)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ def test_every_matrix_of_gpt2_is_counted_once(tiny_model):
 
 @pytest.mark.parametrize("which", ["tiny_model", "stock_model"])
 def test_a_picture_is_drawn_for_our_model_and_the_librarys(which, request, tmp_path):
-    draw_weights(request.getfixturevalue(which), tmp_path / "out" / "weights.png", title=which)
-    assert (tmp_path / "out" / "weights.png").stat().st_size > 20_000
+    draw_weights(request.getfixturevalue(which), tmp_path / "weights.png", title=which)
+    assert (tmp_path / "weights.png").stat().st_size > 20_000
 
 
 def test_a_model_without_a_position_table_says_so(tmp_path):

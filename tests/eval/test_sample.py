@@ -79,5 +79,5 @@ def test_the_command_prints_texts_and_converses(checkpoint, tiny_model, bpe, mon
     module.main()
     assert capsys.readouterr().out == f"> {expected}\n"
     command = [sys.executable, "-m", "eval.sample", *arguments, "--interactive"]
-    talk = subprocess.run(command, input="The man\nThe man\n\n", capture_output=True, text=True)
+    talk = subprocess.run(command, input="The man\nThe man\n", capture_output=True, text=True)
     assert talk.stdout == f"{expected}\n{expected}\n", talk.stderr
