@@ -187,23 +187,30 @@ def test_a_recipe_trains_two_steps_at_a_reduced_size(path, started):
 RUN = ROOT / "recipes" / "run.sh"
 
 
-def run_until_done(tmp_path: Path, codes: list[int]) -> tuple[int, int]:
-    """The exit code of run.sh over a command that ends with one of `codes` after the other; how often it started."""
-    script = tmp_path / "command.sh"
-    script.write_text(
-        f"codes=({' '.join(map(str, codes))})\ncount=$(cat {tmp_path}/count 2>/dev/null || echo 0)\n"
-        f'echo $((count + 1)) > {tmp_path}/count\nexit "${{codes[$count]}}"\n'
-    )
-    done = subprocess.run([RUN, "bash", str(script)], capture_output=True, text=True, timeout=600)
-    return done.returncode, int((tmp_path / "count").read_text())
+# The codes with which a command ends, one after the other: the exit code of run.sh, and how often it starts it.
+LOOPS = {(0,): (0, 1), (75, 1, 0): (0, 3), (2, 0): (2, 1), (1, 1, 1, 0): (1, 3), (75, 75, 75, 75, 0): (0, 5)}
 
 
-@pytest.mark.parametrize(
-    ("codes", "expected"),
-    [([0], (0, 1)), ([75, 1, 0], (0, 3)), ([2, 0], (2, 1)), ([1, 1, 1, 0], (1, 3)), ([75, 75, 75, 75, 0], (0, 5))],
-)
-def test_the_loop_starts_a_run_again_until_it_is_done_or_fails_at_once(tmp_path, codes, expected):
-    assert run_until_done(tmp_path, codes) == expected
+@pytest.fixture(scope="module")
+def loops(tmp_path_factory) -> dict[tuple[int, ...], tuple[int, int]]:
+    """What came of LOOPS; all at one time, since run.sh waits between two starts."""
+    folder = tmp_path_factory.mktemp("loops")
+    processes, counts = {}, {}
+    for codes in LOOPS:
+        script, counts[codes] = folder / f"{codes}.sh", folder / f"{codes}"
+        script.write_text(
+            f"codes=({' '.join(map(str, codes))})\ncount=$(cat '{counts[codes]}' 2>/dev/null || echo 0)\n"
+            f"echo $((count + 1)) > '{counts[codes]}'\nexit \"${{codes[$count]}}\"\n"
+        )
+        processes[codes] = subprocess.Popen([RUN, "bash", str(script)], stderr=subprocess.DEVNULL)
+    for process in processes.values():
+        end(process)
+    return {codes: (process.returncode, int(counts[codes].read_text())) for codes, process in processes.items()}
+
+
+@pytest.mark.parametrize("codes", LOOPS)
+def test_the_loop_starts_a_run_again_until_it_is_done_or_fails_at_once(loops, codes):
+    assert loops[codes] == LOOPS[codes]
 
 
 def test_the_loop_passes_a_signal_on_and_does_not_start_again(tmp_path):
