@@ -50,8 +50,32 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def halved_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Causal attention written out, for each half of the queries: the first needs only the first half of the keys.
+
+    (B, H, T, D) each -> (B, T, H, D), None. Scores are rounded to bf16 before the softmax, as in `eager_attention`.
+    """
+    T, parts = query.shape[2], []
+    for first, last in ((0, T // 2), (T // 2, T)):
+        scores = (query[:, :, first:last] @ key[:, :, :last].transpose(-1, -2)).float() * scaling
+        future = torch.ones(last - first, last, dtype=torch.bool, device=query.device).triu(first + 1)
+        weights = F.softmax(scores.masked_fill(future, -math.inf), dim=-1).to(value.dtype)
+        weights = F.dropout(weights, p=dropout, training=module.training)
+        parts.append(weights @ value[:, :, :last])
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def halves_are_faster(query, key, attention_mask):
+    """Where `halved_attention` beats PyTorch's kernel: in bf16 on a CPU, up to 256 tokens (docs/performance.md)."""
+    plain = attention_mask is None and 1 < query.shape[2] == key.shape[2] <= 256
+    return plain and query.device.type == "cpu" and query.dtype == torch.bfloat16
+
+
 class GPT2ReproAttention(nn.Module):
-    """Causal multi-head self-attention, computed by the kernel that `config._attn_implementation` names."""
+    """Causal multi-head self-attention, computed by the kernel that `config._attn_implementation` names.
+
+    "sdpa" is PyTorch's kernel, or `halved_attention` where that is faster.
+    """
 
     is_causal = True
 
@@ -73,6 +97,8 @@ class GPT2ReproAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        if self.config._attn_implementation == "sdpa" and halves_are_faster(query, key, attention_mask):
+            attention = halved_attention
         mixed, weights = attention(
             self,
             query,

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, StaticCache
 
 from configuration_gpt2repro import NAMED_SHAPES, GPT2ReproConfig
 from gpt2repro.hub.convert import from_stock
-from modeling_gpt2repro import GPT2ReproForCausalLM
+from modeling_gpt2repro import GPT2ReproForCausalLM, halved_attention, halves_are_faster
 
 TINY = {"n_layer": 3, "n_head": 4, "n_embd": 64, "n_positions": 64, "vocab_size": 300}
 
@@ -74,6 +74,27 @@ def test_every_attention_implementation_computes_the_same(pair, implementation):
             torch.testing.assert_close(masked, stock(ids, attention_mask=mask).logits[seen], atol=2e-5, rtol=1e-5)
     finally:
         ours.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("T", [2, 7, 256])
+def test_halved_attention_computes_what_pytorchs_kernel_does(T):
+    query, key, value = (torch.randn(2, 3, T, 16, requires_grad=True) for _ in range(3))
+    found, _ = halved_attention(torch.nn.Identity(), query, key, value, None, scaling=0.25)
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.25).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn_like(found)
+    gradients = [torch.autograd.grad((mixed * weight).sum(), (query, key, value)) for mixed in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_halved_attention_stands_in_for_short_causal_sequences_in_bf16_on_a_cpu_alone():
+    def faster(T, *, S=None, dtype=torch.bfloat16, mask=None, device="cpu"):
+        query, key = (torch.empty(1, 1, length, 8, dtype=dtype, device=device) for length in (T, S or T))
+        return halves_are_faster(query, key, mask)
+
+    assert faster(2) and faster(256)
+    assert not (faster(1) or faster(257) or faster(1, S=9) or faster(4, S=9))
+    assert not (faster(9, dtype=torch.float32) or faster(9, mask=torch.ones(9, 9)) or faster(9, device="meta"))
 
 
 def test_the_backward_pass_equals_stock_gpt2s(pair):

@@ -24,7 +24,8 @@ def memory_estimate(
 
     Kept for the backward of a block, in bytes a token and channel, with bf16 autocast (fp32 in brackets): the residual
     stream before each LayerNorm 4 + 4 (4 + 4), the LayerNorms' outputs 2 + 2 (4 + 4), q, k, v 6 (12), attention's
-    output 2 (4), the MLP's hidden layer before and after its GELU 8 + 8 (16 + 16). Recomputing keeps the first 4.
+    output 2 (4), the MLP's hidden layer before and after its GELU 8 + 8 (16 + 16). Recomputing keeps the first 4. What
+    attention keeps of its weights where it is written out (bf16 on a CPU, up to 256 tokens) is not counted.
     """
     per_block = 4 if gradient_checkpointing else 36 if bf16 else 64
     block = (36 if bf16 else 64) if gradient_checkpointing else 0  # the one that is being recomputed
