@@ -161,14 +161,11 @@ def _padded(rows: list[list[int]], filler: int, device: torch.device) -> torch.T
     return table.to(device, non_blocking=True)
 
 
-def _tree_mask(branches: torch.Tensor, model) -> torch.Tensor:
+def _tree_mask(branches: torch.Tensor) -> torch.Tensor:
     """(B, T) branches -> (B, 1, T, T): a token sees what stands before it on the trunk and on its own branch."""
     T = branches.shape[1]
     on_path = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
-    seen = (on_path & torch.ones(T, T, dtype=torch.bool, device=branches.device).tril())[:, None]
-    if model.config._attn_implementation == "sdpa":
-        return seen
-    return torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+    return (on_path & torch.ones(T, T, dtype=torch.bool, device=branches.device).tril())[:, None]
 
 
 def _token_scores(model, trees: list[Tree], *, tree_model: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,7 +181,7 @@ def _token_scores(model, trees: list[Tree], *, tree_model: bool) -> tuple[torch.
         return _score_columns(logits.flatten(0, 1), torch.nn.Identity(), columns, targets)
     arguments = {}
     if any(tree.branches[-1] for tree in trees):
-        arguments["attention_mask"] = _tree_mask(_padded([tree.branches for tree in trees], FILLER, device), model)
+        arguments["attention_mask"] = _tree_mask(_padded([tree.branches for tree in trees], FILLER, device))
         arguments["position_ids"] = _padded([tree.positions for tree in trees], 0, device)
     states = model.base_model(input_ids, use_cache=False, **arguments).last_hidden_state  # (B, T, C)
     return _score_columns(states.flatten(0, 1), model.get_output_embeddings(), columns, targets)
@@ -219,7 +216,7 @@ def score_items(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: give at least 1")
     tree_model = model.config.model_type in TREE_MODELS
-    share = share_prefix and tree_model and model.config._attn_implementation in ("sdpa", "eager")
+    share = share_prefix and tree_model and model.config._attn_implementation == "sdpa"
     limit = max_positions(model)
     grown = [grow_trees(item, share=share, max_length=limit) for item in items]
     size = [max(len(tree.tokens) for tree in trees) for trees in grown]

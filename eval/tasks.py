@@ -18,6 +18,8 @@ from itertools import islice
 from pathlib import Path
 
 STYLES = {"hellaswag": ("completion", "harness")}  # the first is the default; every other task has `harness` alone
+# What a query of LLM Foundry's files lacks of lm-eval's prompt; piqa's ends with a line break.
+FOUNDRY_ENDS = {"piqa": "Answer:", "arc_easy": "\nAnswer:", "arc_challenge": "\nAnswer:", "boolq": "\nAnswer:"}
 POSSESSIVES = "my his her our their".split()
 SMALL_INSIDE = "A An The She He It They My His Her Their".split()  # at the beginning of an option, in mid-sentence
 
@@ -59,20 +61,14 @@ def _question(prompt: str, choices: list[str], label: int) -> tuple[list[str], l
 
 
 def _piqa(row: dict):
-    if "query" in row:
-        return _question(f"{row['query']}Answer:", row["choices"], row["gold"])  # the query ends with a line break
     return _question(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"])
 
 
 def _arc(row: dict):
-    if "query" in row:
-        return _question(f"{row['query']}\nAnswer:", row["choices"], row["gold"])
     return _question(f"Question: {row['question']}\nAnswer:", *_lettered(row))
 
 
 def _openbookqa(row: dict):
-    if "query" in row:
-        return _question(row["query"], row["choices"], row["gold"])
     return _question(row["question_stem"], *_lettered(row))
 
 
@@ -84,23 +80,17 @@ def _lettered(row: dict) -> tuple[list[str], int]:
 
 def _copa(row: dict):
     # lm-eval begins the choice with a space and puts its own before it.
-    if "query" in row:
-        return _question(row["query"], [f" {choice}" for choice in row["choices"]], row["gold"])
     connector = {"cause": "because", "effect": "therefore"}[row["question"]]
     choices = [f" {choice[0].lower()}{choice[1:]}" for choice in (row["choice1"], row["choice2"])]
     return _question(f"{row['premise'].strip()[:-1]} {connector}", choices, row["label"])
 
 
 def _boolq(row: dict):
-    if "query" in row:
-        return _question(f"{row['query'].removeprefix('Passage: ')}\nAnswer:", row["choices"], row["gold"])
     return _question(f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"], row["label"])
 
 
 def _winogrande(row: dict):
     """Partial scoring: the contexts differ, the same words after the name are scored (Trinh & Le 2018)."""
-    if "context_options" in row:
-        return row["context_options"], [row["continuation"]] * len(row["context_options"]), row["gold"]
     before, after = row["sentence"].split("_", 1)
     label = {"1": 0, "2": 1}.get(row["answer"], -1)
     return [before + row["option1"], before + row["option2"]], [after.strip()] * 2, label
@@ -108,8 +98,6 @@ def _winogrande(row: dict):
 
 def _wsc273(row: dict):
     # lm-eval keeps the space after the pronoun and puts its own before it.
-    if "context_options" in row:
-        return row["context_options"], [f" {row['continuation']}"] * len(row["context_options"]), row["gold"]
     text = row["text"].replace("  ", " ")
     start, pronoun = row["pronoun_loc"], row["pronoun"]
     options = []
@@ -124,8 +112,6 @@ def _wsc273(row: dict):
 
 def _lambada(row: dict):
     """One continuation, the last word: right where the model would have written it greedily."""
-    if "continuation" in row:
-        return [row["context"]], [row["continuation"]], 0
     context, _, word = row["text"].rpartition(" ")
     return [context], [word], 0
 
@@ -153,6 +139,17 @@ TASKS = {
     "boolq": Task(("aps/super_glue", "boolq", "validation"), _boolq),
     "lambada_openai": Task(("EleutherAI/lambada_openai", "default", "test"), _lambada),
 }
+
+
+def _foundry(row: dict, task: str):
+    """What the renderers above return, from the fields of LLM Foundry's files."""
+    space = " " if task in ("copa", "wsc273") else ""  # lm-eval has two of them there
+    if "context_options" in row:
+        return row["context_options"], [space + row["continuation"]] * len(row["context_options"]), row["gold"]
+    if "continuation" in row:
+        return [row["context"]], [row["continuation"]], 0
+    prompt = row["query"].removeprefix("Passage: ") + FOUNDRY_ENDS.get(task, "")
+    return _question(prompt, [space + choice for choice in row["choices"]], row["gold"])
 
 
 def task_style(task: str, style: str | None = None) -> str:
@@ -211,6 +208,8 @@ def render(row: Row, task: str, style: str | None = None) -> Item:
     try:
         if style == "completion":
             contexts, choices, label = _question(row.fields["ctx"], row.fields["endings"], row.fields["label"])
+        elif row.fields.keys() & {"query", "continuation"}:
+            contexts, choices, label = _foundry(row.fields, task)
         else:
             contexts, choices, label = TASKS[task].render(row.fields)
         label = int(label)
