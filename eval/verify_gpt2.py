@@ -8,7 +8,6 @@ The logits of the conversion against those of stock GPT-2, a sample, HellaSwag i
 """
 
 import argparse
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -51,7 +50,7 @@ def largest_difference(stock: str, ours: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="openai-community/gpt2", help="Hub id or folder of stock GPT-2 124M")
+    parser.add_argument("--model", default="openai-community/gpt2", help="stock GPT-2 124M, a folder or %(default)s")
     parser.add_argument("--data", help="JSONL file of HellaSwag's validation items (default: the Hub's)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--dataset", help="prepared dataset whose validation loss is measured as well")
@@ -60,7 +59,7 @@ def main() -> None:
     if not (Path(arguments.model).is_dir() and arguments.data) and not hub_is_reachable():
         raise ValueError("the Hub does not answer: go where there is a network, or give --model FOLDER --data FILE")
     with TemporaryDirectory() as folder:
-        ours, figures = str(Path(folder) / "gpt2-repro"), Path(folder) / "figures.json"
+        ours = str(Path(folder) / "gpt2-repro")
         parameters = convert(arguments.model, ours, to="gpt2repro")
         print(f"{arguments.model}: {parameters:,} parameters")
         difference = largest_difference(arguments.model, ours)
@@ -68,12 +67,10 @@ def main() -> None:
         if not difference < 1e-5:
             raise ValueError(f"the conversion's logits differ from stock's by {difference:.1e}: expected below 1e-5")
         print(sample(*load_model(ours), TEXT[:27], num_samples=1, max_new_tokens=12)[0])
-        acc_norm = {}
+        acc_norm, data = {}, ["--data", arguments.data] if arguments.data else []
         for style in GPT2_HELLASWAG:
-            flags = ["--model", ours, "--style", style, "--output", str(figures)]
-            flags += ["--data", arguments.data] if arguments.data else []
-            run_task(command_parser("").parse_args(flags), "hellaswag")
-            acc_norm[style] = 100 * json.loads(figures.read_text(encoding="utf-8"))["acc_norm"]
+            scoring = command_parser("").parse_args(["--model", ours, "--style", style, *data])
+            acc_norm[style] = 100 * run_task(scoring, "hellaswag")["acc_norm"]
         for kind, place in (("--dataset", arguments.dataset), ("--text", arguments.text)):
             if place:
                 validate(["--model", ours, kind, place])

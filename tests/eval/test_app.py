@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from contextlib import closing, contextmanager
 from itertools import pairwise
 
@@ -57,7 +58,12 @@ def test_temperature_zero_is_greedy_and_top_k_zero_the_whole_vocabulary(tiny_mod
 
 def test_closing_the_iterator_stops_the_model(tiny_model, bpe):
     forwards = []
-    handle = tiny_model.register_forward_hook(lambda *_: forwards.append(1))
+
+    def count_slowly(*_):  # all 60 take seconds, so that no busy machine is done before the iterator is closed
+        forwards.append(1)
+        time.sleep(0.1)
+
+    handle = tiny_model.register_forward_hook(count_slowly)
     texts = complete(tiny_model, bpe, "The man", length=60)
     next(texts)
     texts.close()
@@ -98,7 +104,7 @@ def served(checkpoint):
         yield f"http://127.0.0.1:{port}/", output
     finally:
         server.terminate()
-        output.append(server.communicate(timeout=30)[0])
+        output.append(server.communicate(timeout=120)[0])
 
 
 def test_in_a_browser_a_prompt_becomes_text_token_by_token(bpe, tmp_path):
@@ -118,6 +124,7 @@ def test_in_a_browser_a_prompt_becomes_text_token_by_token(bpe, tmp_path):
 
         def visit(prompt: str):
             page = browser.new_page()
+            page.set_default_timeout(180_000)
             page.on("request", lambda request: request.url.startswith(url) or elsewhere.append(request.url))
             page.on("pageerror", lambda error: complaints.append(str(error)))
             page.on("console", lambda line: line.type in ("error", "warning") and complaints.append(line.text))
