@@ -11,10 +11,7 @@ from tests.conftest import ROOT
 
 ORDER = ["configuration_gpt2repro", "modeling_gpt2repro", "gpt2repro", "eval", "train_accelerate"]
 FLAT = ORDER[:2]
-ROOMS = sorted(
-    path for path in ROOT.rglob("*.py")
-    if path.relative_to(ROOT).parts[0] in ("gpt2repro", "eval") or (path.parent == ROOT and path.stem in ORDER)
-)  # fmt: skip
+ROOMS = sorted(path for name in ORDER for path in [*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/**/*.py")])
 
 
 def imports(path: Path) -> set[str]:
@@ -57,8 +54,7 @@ def test_training_and_scoring_import_on_a_bare_gpu_machine():
         "    sys.modules[name] = None\n"
         "import train_accelerate, eval.validation, eval.sample, eval.hellaswag, eval.multiple_choice\n"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
-
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=600)
 
 
 @pytest.mark.parametrize("path", ROOMS, ids=lambda path: str(path.relative_to(ROOT)))

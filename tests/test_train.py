@@ -155,7 +155,7 @@ def test_a_run_starts_from_stock_gpt2_weights(unbroken_run, train_script, tmp_pa
 def test_two_processes_asked_for_and_one_started_is_an_error(train_script, tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     command = [*launcher, str(ROOT / "train_accelerate.py"), *train_script.flags(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert "error: accelerate launch was asked for several processes and started one" in done.stderr
     assert "cpu_2proc.yaml" in done.stderr

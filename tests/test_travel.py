@@ -35,7 +35,7 @@ def python(code: str, folder: Path, *, paths: tuple[Path, ...] = ()) -> str:
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     env |= {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -125,7 +125,7 @@ def test_the_wheel_in_an_empty_venv_is_two_modules_and_one_package(tmp_path):
     )
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source],
-        check=True, capture_output=True, text=True, timeout=240,
+        check=True, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     (wheel,) = tmp_path.glob("*.whl")
     top = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
@@ -135,7 +135,7 @@ def test_the_wheel_in_an_empty_venv_is_two_modules_and_one_package(tmp_path):
     venv.create(tmp_path / "venv", with_pip=False)
     subprocess.run(
         [sys.executable, "-m", "pip", "--python", tmp_path / "venv", "install", "--quiet", "--no-deps", wheel],
-        check=True, timeout=240,
+        check=True, timeout=600,
     )  # fmt: skip
     (site_packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     assert {path.name for path in site_packages.iterdir() if path.suffix != ".dist-info"} - {"__pycache__"} == {

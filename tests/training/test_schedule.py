@@ -79,7 +79,7 @@ def test_the_command_draws_a_recipe_and_refuses_an_unknown_field(tmp_path):
     command = [sys.executable, "-m", "gpt2repro.training.schedule", "recipes/demo.yaml", "--output"]
     fields = ["--schedule", "wsd_sqrt", "--optimizer", "muon", "--muon_learning_rate", "0.01"]
     picture = tmp_path / "new" / "lr.png"
-    subprocess.run([*command, str(picture), *fields], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([*command, str(picture), *fields], cwd=ROOT, check=True, timeout=600)
     assert picture.read_bytes().startswith(b"\x89PNG")
     done = subprocess.run([*command, str(picture), "--shedule", "wsd"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: unknown flag: --shedule; did you mean schedule?\n")

@@ -8,17 +8,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import CONFIGS, train_rows
+from tests.conftest import train_rows
 
 SAMPLES = {"sample_every": 4, "sample_tokens": 4, "num_samples": 1}
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory) -> dict:
-    """How to start the script on two processes with a half of every tensor each, in the precision of the recipe."""
-    config = tmp_path_factory.mktemp("configs") / "fsdp2.yaml"
-    config.write_text((CONFIGS / "fsdp2_8gpu.yaml").read_text().replace("mixed_precision: bf16\n", ""))
-    return {"processes": 2, "config": config, "script": Path(__file__).with_name("sharded_on_cpu.py")}
 
 
 @pytest.fixture(scope="module")

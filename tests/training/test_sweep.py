@@ -1,6 +1,7 @@
 """A sweep of real runs: what it starts, passes over, resumes and writes."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,10 @@ def sweep(tiny_dataset, tmp_path_factory):
     def run(*extra: str, exit_code: int = 0) -> str:
         command = [sys.executable, "-m", "gpt2repro.training.sweep", str(folder / "tiny.yaml"),
                    "--output", str(folder / "out"), *extra]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=1200,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        )  # fmt: skip
         assert done.returncode == exit_code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
