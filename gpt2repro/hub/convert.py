@@ -20,11 +20,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
-from transformers.utils import logging as transformers_logging
 
 from configuration_gpt2repro import GPT2ReproConfig
+from gpt2repro.hub.command import run_quietly
 from gpt2repro.hub.upload import hub_is_reachable
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -41,6 +43,9 @@ REQUIRED_OF_STOCK = {
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
+# What the libraries raise at a file that is missing, damaged, or not what it is taken for.
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, EOFError, LookupError, TypeError, AttributeError,
+                  pickle.UnpicklingError, SafetensorError)  # fmt: skip
 GPT2_TOKENS, GPT2_ROWS, MAX_PADDING = 50257, 50304, 128  # rows are tokens padded to a multiple of 64 or 128
 
 
@@ -76,40 +81,58 @@ def load_as_gpt2repro(
         ValueError: no checkpoint there, one of another architecture, tensors that are missing, left over or of
             another shape, a damaged file, or a pickle with more than tensors in it.
     """
+    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if str(source).endswith(".pt"):
-        model: Any = _from_pt(Path(source), vocab_size)
-        return model if dtype == "auto" else model.to(dtype)
-    try:
-        offline = not Path(source).is_dir() and not hub_is_reachable()
-        kind = AutoConfig.from_pretrained(source, local_files_only=offline).model_type
+        config, state = _read_pt(Path(source), vocab_size)
+        model, info = GPT2ReproForCausalLM.from_pretrained(None, config=config, state_dict=state, **options)
+    else:
+        kind = _load(AutoConfig, source).model_type
         if kind not in ("gpt2", "gpt2repro"):
             raise ValueError(f"{source} holds a {kind} model: expected gpt2 or gpt2repro")
-        model_class: Any = GPT2LMHeadModel if kind == "gpt2" else GPT2ReproForCausalLM
-        model, info = model_class.from_pretrained(
-            source, dtype=dtype, local_files_only=offline, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"no checkpoint loads from {str(source)!r}: give a folder or a Hub id ({_short(error)})"
-        ) from error
-    unexpected = {name for name in info["unexpected_keys"] if not name.endswith(CAUSAL_MASKS)}
-    wrong = {f"{name} {list(found)}" for name, found, _ in info["mismatched_keys"]}
-    _refuse(source, missing=info["missing_keys"], unexpected=unexpected, wrong_shape=wrong)
-    return from_stock(model) if kind == "gpt2" else model
+        model_class = GPT2LMHeadModel if kind == "gpt2" else GPT2ReproForCausalLM
+        model, info = _load(model_class, source, **options)
+    _check_tensors(source, info)
+    return from_stock(model) if isinstance(model, GPT2LMHeadModel) else model
 
 
-def _from_pt(file: Path, vocab_size: int | None) -> GPT2ReproForCausalLM:
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer at a folder or Hub id.
+
+    Raises:
+        ValueError: there is none, or nothing but an empty one that the library made up from the configuration.
+    """
+    found = _load(AutoTokenizer, source, what="tokenizer")
+    if len(found) < 2:
+        raise ValueError(f"{source} holds no tokenizer: name it with --tokenizer DIR_OR_ID")
+    return found
+
+
+def _load(loader: Any, source: str | Path, *, what: str = "checkpoint", **options: Any) -> Any:
+    """`loader.from_pretrained(source)`; where the Hub does not answer a Hub id comes from the cache, or not at all."""
+    offline = False
+    try:
+        if not Path(source).is_dir():
+            validate_repo_id(str(source))
+            offline = not hub_is_reachable()
+        return loader.from_pretrained(source, local_files_only=offline, **options)
+    except LOADING_ERRORS as error:
+        why = f"the Hub does not answer at {constants.ENDPOINT}" if offline else _short(error)
+        raise ValueError(f"no {what} loads from {str(source)!r}: give a folder or a Hub id ({why})") from error
+
+
+def _read_pt(file: Path, vocab_size: int | None) -> tuple[GPT2ReproConfig, dict[str, torch.Tensor]]:
     """What nanoGPT's train.py or build-nanogpt's train_gpt2.py saved. Their linear layers are stored as ours are."""
     # build-nanogpt pickles its configuration as an object of its script's class; a bare object stands in for it.
     stand_ins: list = [(SimpleNamespace, f"{module}.GPTConfig") for module in ("__main__", "train_gpt2", "model")]
     try:
         with torch.serialization.safe_globals(stand_ins):
             saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        state = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}
+        named = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}
+        state = {name: tensor.clone() for name, tensor in named.items() if not name.endswith(CAUSAL_MASKS)}
         settings = saved["model_args"] if "model_args" in saved else vars(saved["config"])
         sizes = {name: settings[name] for name in ("n_layer", "n_head", "n_embd")}
         wte, n_positions = state["transformer.wte.weight"], settings["block_size"]
-    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
+    except LOADING_ERRORS as error:
         raise ValueError(
             f"{file} is no checkpoint of nanoGPT or build-nanogpt ({type(error).__name__}: {_short(error)})"
         ) from error
@@ -126,20 +149,21 @@ def _from_pt(file: Path, vocab_size: int | None) -> GPT2ReproForCausalLM:
         **sizes, n_positions=n_positions, vocab_size=tokens, activation_function=activation, bos_token_id=end,
         eos_token_id=end, dtype=wte.dtype,
     )  # fmt: skip
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in GPT2ReproForCausalLM(config).state_dict().items()}
-    state = {name: tensor for name, tensor in state.items() if not name.endswith(CAUSAL_MASKS)}
     if not settings.get("bias", True):  # no bias is the same function as a bias of zero
-        state = {n: torch.zeros(s, dtype=wte.dtype) for n, s in shapes.items() if n.endswith("bias")} | state
+        for name in [name for name in state if name.startswith(("transformer.h.", "transformer.ln_f."))]:
+            state[name.replace(".weight", ".bias")] = torch.zeros(len(state[name]), dtype=wte.dtype)
         print(f"{file} was trained with bias=False: its biases are zeros", file=sys.stderr)
-    wrong = {f"{n} {list(t.shape)}" for n, t in state.items() if n in shapes and t.shape != shapes[n]}
-    _refuse(file, missing=shapes.keys() - state, unexpected=state.keys() - shapes, wrong_shape=wrong)
-    return _assign(GPT2ReproForCausalLM, config, {name: tensor.clone() for name, tensor in state.items()})
+    return config, state
 
 
-def _refuse(source: str | Path, **problems: set[str]) -> None:
+def _check_tensors(source: str | Path, info: dict[str, set]) -> None:
     """Name what is wrong with a checkpoint's tensors; the library would fill what is missing with random numbers."""
-    found = [f"{what.replace('_', ' ')}: {', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''}"
+    problems = {
+        "missing": info["missing_keys"],
+        "unexpected": {name for name in info["unexpected_keys"] if not name.endswith(CAUSAL_MASKS)},
+        "wrong shape": {f"{name} {list(found)}" for name, found, _ in info["mismatched_keys"]},
+    }
+    found = [f"{what}: {', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''}"
              for what, names in problems.items() if names]  # fmt: skip
     if found:
         raise ValueError(f"the tensors of {source} are not those of its configuration ({'; '.join(found)})")
@@ -158,16 +182,11 @@ def _fill(target_class, config, source):
         name: tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor.clone()
         for name, tensor in source.state_dict().items()
     }
-    target = _assign(target_class, config, state)
-    target.generation_config = source.generation_config
-    return target
-
-
-def _assign(target_class, config, state):
     with torch.device("meta"):
         target = target_class(config)
     target.load_state_dict(state, assign=True)
     target.tie_weights()
+    target.generation_config = source.generation_config
     return target.eval()
 
 
@@ -183,7 +202,7 @@ def convert(source: str | Path, folder: str | Path, *, to: str, tokenizer: str |
     is_pt = str(source).endswith(".pt")
     if is_pt and not tokenizer:
         raise ValueError(f"{source} carries no tokenizer: name it, e.g. --tokenizer openai-community/gpt2")
-    words = _tokenizer(tokenizer or source)
+    words = load_tokenizer(tokenizer or source)
     model = load_as_gpt2repro(source, dtype="auto", vocab_size=len(words))
     if len(words) > model.config.vocab_size:
         raise ValueError(f"the tokenizer has {len(words)} entries, the model {model.config.vocab_size}: name its own")
@@ -201,24 +220,6 @@ def convert(source: str | Path, folder: str | Path, *, to: str, tokenizer: str |
     return model.num_parameters()
 
 
-def _tokenizer(source: str | Path):
-    """The tokenizer at a folder or Hub id.
-
-    Raises:
-        ValueError: there is none, or nothing but an empty one that the library made up from the configuration.
-    """
-    offline = not Path(source).is_dir() and not hub_is_reachable()
-    try:
-        found = AutoTokenizer.from_pretrained(source, local_files_only=offline)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"no tokenizer loads from {str(source)!r}: name it with --tokenizer DIR_OR_ID ({_short(error)})"
-        ) from error
-    if len(found) < 2:
-        raise ValueError(f"{source} holds no tokenizer: name it with --tokenizer DIR_OR_ID")
-    return found
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Convert a checkpoint between stock GPT-2 and GPT2Repro.")
     parser.add_argument("src", help="folder, Hub id, or the .pt file of nanoGPT or build-nanogpt")
@@ -226,15 +227,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--to", choices=("gpt2", "gpt2repro"), required=True)
     parser.add_argument("--tokenizer", metavar="DIR_OR_ID", help="where none lies beside the weights, as for .pt")
     args = parser.parse_args(argv)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
+
+    def work() -> str:
         parameters = convert(args.src, args.dst, to=args.to, tokenizer=args.tokenizer)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{args.dst}: {args.to}, {parameters:,} parameters")
-    return 0
+        return f"{args.dst}: {args.to}, {parameters:,} parameters"
+
+    return run_quietly(work)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 
 from tokenizers import pre_tokenizers
-from transformers import AutoTokenizer
 
-from gpt2repro.hub.convert import load_as_gpt2repro
+from gpt2repro.hub.command import run_quietly
+from gpt2repro.hub.convert import load_as_gpt2repro, load_tokenizer
 
 # llama.cpp's "gpt-2" pre-tokenizer; whether the offsets trim spaces changes no token.
 GPT2_PRE_TOKENIZER = json.loads(pre_tokenizers.ByteLevel(add_prefix_space=False).__getstate__())
@@ -61,15 +61,12 @@ def write_gguf(checkpoint: str | Path, file: str | Path) -> int:
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None, name
         writer.add_tensor(gguf_name, tensor.float().numpy())
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        writer.write_header_to_file(aside)
+    with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as aside:
+        writer.write_header_to_file(Path(aside) / file.name)
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        os.replace(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)
+        os.replace(Path(aside) / file.name, file)
     return len(tensors)
 
 
@@ -78,7 +75,7 @@ def _add_tokenizer(writer, checkpoint: str | Path, *, rows: int) -> None:
     import gguf
 
     with tempfile.TemporaryDirectory() as folder:
-        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+        load_tokenizer(checkpoint).save_pretrained(folder)
         saved = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
         special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=rows)
     splits = {**(saved["pre_tokenizer"] or {}), "trim_offsets": GPT2_PRE_TOKENIZER["trim_offsets"]}
@@ -102,13 +99,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", help="folder or Hub id")
     parser.add_argument("file", type=Path, help="file to make, e.g. model.gguf")
     args = parser.parse_args(argv)
-    try:
+
+    def work() -> str:
         count = write_gguf(args.checkpoint, args.file)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{args.file}: {count} float32 tensors, {args.file.stat().st_size:,} bytes")
-    return 0
+        return f"{args.file}: {count} float32 tensors, {args.file.stat().st_size:,} bytes"
+
+    return run_quietly(work)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
-from typing import IO, Any
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from huggingface_hub.utils import validate_repo_id
-from transformers.utils import logging as transformers_logging
 
 from gpt2repro.hub import upload as upload_script
 from gpt2repro.hub.card import model_card
+from gpt2repro.hub.command import run_quietly
 from gpt2repro.hub.convert import convert, load_as_gpt2repro
 from gpt2repro.hub.upload import upload, writable_repo
 from gpt2repro.training.checkpoints import OPTIMIZER, RECORD, verify_checkpoint
@@ -57,7 +57,8 @@ def publish(
         dry_run.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".publish-", dir=dry_run.parent if dry_run else None) as aside:
         folder = Path(aside) / "repository"
-        stage(checkpoint, folder, repo_id=repo_id, stock=stock, link=dry_run is None)
+        place = shutil.copyfile if dry_run else link_or_copy
+        stage(checkpoint, folder, repo_id=repo_id, stock=stock, place=place)
         if dry_run is not None:
             os.replace(folder, dry_run)
             return str(dry_run)
@@ -83,27 +84,29 @@ def check_complete(checkpoint: Path) -> None:
     load_as_gpt2repro(checkpoint, dtype="auto")
 
 
-def stage(checkpoint: Path, folder: Path, *, repo_id: str, stock: bool = False, link: bool = False) -> None:
-    """Make `folder` what is to be uploaded. With `link` files are linked where the disk allows it, not copied."""
+def link_or_copy(file: Path, target: Path) -> None:
+    """A link costs neither time nor room, but another disk, or one without links, takes a copy."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
+
+
+def stage(
+    checkpoint: Path, folder: Path, *, repo_id: str, stock: bool = False,
+    place: Callable[[Path, Path], object] = link_or_copy,
+) -> None:  # fmt: skip
+    """Make `folder` what is to be uploaded; `place` puts a file there."""
+    files = sorted({file for pattern in UPLOADED for file in checkpoint.glob(pattern)})
     if stock:
         convert(checkpoint, folder, to="gpt2")
-    else:
-        folder.mkdir()
-        for file in sorted({file for pattern in UPLOADED for file in checkpoint.glob(pattern)}):
-            _place(file, folder / file.name, link=link)
-    curves = checkpoint.parent / "curves.png"
-    if (checkpoint.parent / RUN_RECORD).is_file() and curves.is_file():
-        _place(curves, folder / curves.name, link=link)
+        files = []
+    folder.mkdir(exist_ok=True)
+    if (checkpoint.parent / RUN_RECORD).is_file():
+        files += checkpoint.parent.glob("curves.png")
+    for file in files:
+        place(file, folder / file.name)
     model_card(checkpoint, folder, repo_id=repo_id).save(folder / "README.md")
-
-
-def _place(file: Path, target: Path, *, link: bool) -> None:
-    try:
-        if not link:
-            raise OSError
-        os.link(file, target)
-    except OSError:  # another disk, or one without links
-        shutil.copyfile(file, target)
 
 
 class BackgroundPush:
@@ -117,7 +120,7 @@ class BackgroundPush:
     def __init__(self, repo_id: str, *, run_dir: Path) -> None:
         self.repo_id = repo_id
         self._run_dir = run_dir
-        self._running: tuple[subprocess.Popen, IO[str], Path, float] | None = None
+        self._running: tuple[subprocess.Popen, Path, float] | None = None  # what it pushes, and since when
         self._waiting: Path | None = None
         self._rows: list[dict[str, Any]] = []
         for leftover in run_dir.glob(".push-*"):  # of a run that was killed
@@ -128,7 +131,7 @@ class BackgroundPush:
         staged = self._run_dir / f".push-{checkpoint.name}"
         try:
             shutil.rmtree(staged, ignore_errors=True)
-            stage(checkpoint, staged, repo_id=self.repo_id, link=True)
+            stage(checkpoint, staged, repo_id=self.repo_id)
         except (OSError, ValueError, KeyError, TypeError) as error:
             self._report(staged, error=f"{type(error).__name__}: {error}")
             return
@@ -148,17 +151,12 @@ class BackgroundPush:
     def wait(self, seconds: float, *, give_up: Callable[[], bool] = lambda: False) -> list[dict[str, Any]]:
         """Give what runs and waits at most `seconds`, or until `give_up()`, then end it; the rows that are left."""
         deadline, rows = time.monotonic() + seconds, self.finished()
-        while self._running:
-            try:
-                self._running[0].wait(max(0.0, min(1.0, deadline - time.monotonic())))
-            except subprocess.TimeoutExpired:
-                if time.monotonic() < deadline and not give_up():
-                    continue
-                self._running[0].kill()
-                self._running[0].wait()
-                self._end("not finished when the run ended")
-                break
+        while self._running and time.monotonic() < deadline and not give_up():
+            time.sleep(0.1)
             rows += self.finished()
+        if self._running:
+            self._running[0].kill()
+            self._end("not finished when the run ended")
         if self._waiting:
             self._report(self._waiting, error="not begun when the run ended")
         return rows + self.finished()
@@ -170,24 +168,23 @@ class BackgroundPush:
         # -P: the folder of that file is no place to import from. A session of its own: Ctrl-C is the run's.
         message = f"Upload {staged.name.removeprefix('.push-')}"
         command = [sys.executable, "-P", upload_script.__file__, str(staged), self.repo_id, message]
+        environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         try:
-            said = TemporaryFile("w+", encoding="utf-8")
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                encoding="utf-8", errors="replace", start_new_session=True, env=environment,
             )  # fmt: skip
         except OSError as error:
             self._report(staged, error=str(error))
         else:
-            self._running = (process, said, staged, time.perf_counter())
+            self._running = process, staged, time.perf_counter()
 
     def _end(self, problem: str | None = None) -> None:
         assert self._running
-        process, said, staged, began = self._running
+        process, staged, began = self._running
         self._running = None
-        with said:
-            said.seek(0)
-            last = (said.read().strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
+        said, _ = process.communicate()
+        last = (said.strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
         outcome = {"url": last} if process.returncode == 0 else {"error": problem or last}
         self._report(staged, seconds=time.perf_counter() - began, **outcome)
 
@@ -204,15 +201,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stock", action="store_true", help="publish the conversion to stock GPT-2")
     parser.add_argument("--public", action="store_true", help="a new repository is private otherwise")
     args = parser.parse_args(argv)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        where = publish(args.checkpoint, args.repo_id, stock=args.stock, private=not args.public, dry_run=args.dry_run)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(where)
-    return 0
+    options = {"stock": args.stock, "private": not args.public, "dry_run": args.dry_run}
+    return run_quietly(lambda: publish(args.checkpoint, args.repo_id, **options))
 
 
 if __name__ == "__main__":

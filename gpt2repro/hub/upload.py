@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import http_backoff
 
-CONNECT_SECONDS = 10
 # Files of ours that another checkpoint may not have: left in the repository, `from_pretrained` might take them.
 REPLACED = ["*.safetensors", "*.safetensors.index.json", "*_gpt2repro.py", "curves.png"]
 
@@ -19,10 +18,14 @@ REPLACED = ["*.safetensors", "*.safetensors.index.json", "*_gpt2repro.py", "curv
 def hub_is_reachable() -> bool:
     """Whether the Hub answers: in seconds, where the library's own requests retry for three quarters of a minute.
 
-    False as well with HF_HUB_OFFLINE=1. What is in the local cache loads all the same, with `local_files_only=True`.
+    After an answer of trouble (5xx) it is asked once more. HF_HUB_ETAG_TIMEOUT is how long it may take (10 seconds);
+    with HF_HUB_OFFLINE=1 it is not asked. What is in the local cache loads all the same, with `local_files_only=True`.
     """
     try:
-        get_session().head(constants.ENDPOINT, timeout=CONNECT_SECONDS, follow_redirects=False)
+        http_backoff(
+            "HEAD", constants.ENDPOINT, max_retries=1, retry_on_exceptions=(),
+            retry_on_status_codes=(500, 502, 503, 504), timeout=constants.HF_HUB_ETAG_TIMEOUT, follow_redirects=False,
+        )  # fmt: skip
     except Exception:  # of the HTTP library, which is another one from release to release, or of the offline mode
         return False
     return True
@@ -35,9 +38,11 @@ def writable_repo(repo_id: str, *, private: bool = True) -> str:
         ValueError: no network, no token, a name that is none, or no right to write there.
     """
     if not hub_is_reachable():
-        raise ValueError(f"the Hub does not answer at {constants.ENDPOINT}: publish where there is a network")
+        raise ValueError(
+            f"the Hub does not answer at {constants.ENDPOINT}: go where there is a network to write to {repo_id!r}"
+        )
     if not get_token():
-        raise ValueError("there is no token for the Hub: run `hf auth login`, or set HF_TOKEN")
+        raise ValueError(f"there is no token for the Hub: run `hf auth login` or set HF_TOKEN to write to {repo_id!r}")
     try:
         repo_id = HfApi().create_repo(repo_id, private=private, exist_ok=True).repo_id
         HfApi().auth_check(repo_id, write=True)

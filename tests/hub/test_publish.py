@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -20,7 +21,6 @@ from gpt2repro.hub.card import TASK_DATASETS
 from gpt2repro.hub.convert import convert
 from gpt2repro.hub.publish import BackgroundPush, main
 from tests.conftest import ROOT, train_rows
-from tests.hub.stub_hub import StubHub
 from tests.test_train import assert_same_bits
 
 OURS = {
@@ -30,17 +30,6 @@ OURS = {
 STOCK = {name for name in OURS if not name.endswith(".py")}
 TOKENS = torch.randint(512, (2, 32), generator=torch.Generator().manual_seed(1))
 ITEMS = [{"goal": "To open a file,", "sol1": "call open.", "sol2": "call close.", "label": n % 2} for n in range(6)]
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A stub that this process and its children take for the Hub."""
-    with StubHub() as hub:
-        for name, value in {**hub.env, "HF_HOME": str(tmp_path / "hf")}.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # read when huggingface_hub was imported
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        yield hub
 
 
 @pytest.fixture
@@ -149,7 +138,7 @@ def test_a_dry_run_makes_the_folder_that_loads_and_asks_no_network(run, tmp_path
         code += "assert len(tokenizer) == m.config.vocab_size\n"
         code += "print(type(m).__name__)\n"
         done = subprocess.run(
-            [sys.executable, "-c", code, str(folder)], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+            [sys.executable, "-c", code, str(folder)], cwd=tmp_path, capture_output=True, text=True, timeout=600,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}, check=True,
         )  # fmt: skip
         assert done.stdout.strip() == ("GPT2ReproForCausalLM" if trust else "GPT2LMHeadModel")
@@ -161,7 +150,7 @@ def test_a_dry_run_makes_the_folder_that_loads_and_asks_no_network(run, tmp_path
 
 def test_a_published_checkpoint_loads_from_the_hub_with_the_same_logits(run, hub, tmp_path):
     command = [sys.executable, "-m", "gpt2repro.hub.publish", str(run / "latest"), "--repo-id", "me/model"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{hub.url}/me/model/commit/")
     assert set(hub.files["me/model"]) == OURS
@@ -172,7 +161,7 @@ def test_a_published_checkpoint_loads_from_the_hub_with_the_same_logits(run, hub
         f"torch.save(model(torch.tensor({TOKENS.tolist()})).logits.detach(), {str(tmp_path / 'logits.pt')!r})\n"
         "assert len(AutoTokenizer.from_pretrained('me/model', trust_remote_code=True)) == 512\n"
     )
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert loaded.returncode == 0, loaded.stderr
     assert (torch.load(tmp_path / "logits.pt") - logits(run / "latest")).abs().max() < 1e-5
     everything = b"".join([done.stdout.encode(), done.stderr.encode(), *hub.files["me/model"].values()])
@@ -203,10 +192,10 @@ def test_an_upload_that_broke_off_goes_on_with_the_same_command(run, hub, capsys
     assert weights == (run / "latest" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("kind", [500, "drop"])
-def test_a_moment_of_trouble_during_the_upload_is_outlived(run, hub, kind, capsys):
+@pytest.mark.parametrize(("method", "kind"), [("HEAD", 500), ("PUT", 500), ("PUT", "drop")])
+def test_a_moment_of_trouble_is_outlived(run, hub, method, kind, capsys):
     troubles = [kind]
-    hub.trouble = lambda method, path: troubles.pop() if method == "PUT" and troubles else None
+    hub.trouble = lambda asked, path: troubles.pop() if asked == method and troubles else None
     assert main([str(run / "latest"), "--repo-id", "me/model"]) == 0
     assert not troubles and set(hub.files["me/model"]) == OURS
     assert hub.token not in "".join(capsys.readouterr())
@@ -223,11 +212,16 @@ def test_without_network_token_or_rights_one_line_says_so_and_nothing_is_publish
     line = refusal(capsys, run / "latest", "--repo-id", "me/model")
     assert "does not let us write" in line and "hf_wrong" not in line
     monkeypatch.delenv("HF_TOKEN")
-    assert "there is no token for the Hub: run `hf auth login`" in refusal(capsys, run / "latest", "--repo-id", "me/m")
+    line = refusal(capsys, run / "latest", "--repo-id", "me/model")
+    assert "there is no token for the Hub: run `hf auth login`" in line and "'me/model'" in line
+    hub.requests.clear()
+    hub.trouble = lambda method, path: 502  # as a proxy answers without a network behind it
+    line = refusal(capsys, run / "latest", "--repo-id", "me/model")
+    assert f"the Hub does not answer at {hub.url}" in line and "'me/model'" in line
+    assert [asked for asked in hub.requests if asked[0] in ("HEAD", "POST")] == [("HEAD", "/")] * 2
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    began = time.monotonic()
-    assert "the Hub does not answer at http://127.0.0.1:9" in refusal(capsys, run / "latest", "--repo-id", "me/model")
-    assert time.monotonic() - began < 10
+    line = refusal(capsys, run / "latest", "--repo-id", "me/model")
+    assert "the Hub does not answer at http://127.0.0.1:9" in line and "'me/model'" in line
     assert hub.commits == [] and not any(hub.files.values())
 
 
@@ -265,7 +259,7 @@ def test_a_converted_folder_is_published_without_a_run_around_it(run, hub, tmp_p
     assert isinstance(GPT2LMHeadModel.from_pretrained(tmp_path / "back"), GPT2LMHeadModel)
 
 
-def pushed(push, count, seconds=60):
+def pushed(push, count, seconds=600):
     rows, deadline = [], time.monotonic() + seconds
     while len(rows) < count:
         rows += push.finished()
@@ -276,15 +270,20 @@ def pushed(push, count, seconds=60):
 
 def test_of_checkpoints_that_come_during_a_push_the_newest_is_next(run, hub):
     hub.files["me/model"] = {}
-    slow = [True]
-    hub.trouble = lambda method, path: time.sleep(1.5) if method == "PUT" and slow and slow.pop() else None
+    all_submitted = threading.Event()
+
+    def hold_the_weights(method, path):
+        if method == "PUT":
+            all_submitted.wait(600)
+
+    hub.trouble = hold_the_weights
     push = BackgroundPush("me/model", run_dir=run)
-    began = time.monotonic()
     shutil.copytree(run / "step-00000006", run / "step-00000007")
     for step in ("step-00000006", "step-00000007", "step-00000008"):
         push.submit(run / step)
         shutil.rmtree(run / step)  # pruned while it is on its way
-    assert time.monotonic() - began < 2
+    assert push.finished() == []  # nobody waited for the first
+    all_submitted.set()
     rows = pushed(push, 2)
     assert [row["checkpoint_step"] for row in rows] == [6, 8] and all(row["url"].startswith(hub.url) for row in rows)
     assert hub.commits == ["Upload step-00000006", "Upload step-00000008"]
@@ -295,15 +294,21 @@ def test_of_checkpoints_that_come_during_a_push_the_newest_is_next(run, hub):
 @pytest.mark.parametrize(("seconds", "give_up"), [(1, lambda: False), (600, lambda: True)], ids=["time", "signal"])
 def test_a_push_that_hangs_is_ended_when_the_run_ends_or_is_stopped(run, hub, seconds, give_up):
     hub.files["me/model"] = {}
-    hub.trouble = lambda method, path: "hang" if method == "POST" else None
+    hanging = threading.Event()
+
+    def hang(method, path):
+        if method == "POST":
+            hanging.set()
+            return "hang"
+
+    hub.trouble = hang
     push = BackgroundPush("me/model", run_dir=run)
     push.submit(run / "step-00000006")
     push.submit(run / "step-00000008")
-    time.sleep(2)
-    assert push.finished() == []
+    assert hanging.wait(600) and push.finished() == []
     began = time.monotonic()
     rows = push.wait(seconds, give_up=give_up)
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 60  # and not 600, nor as long as the Hub hangs
     assert [(row["checkpoint_step"], row["error"]) for row in rows] == [
         (6, "not finished when the run ended"), (8, "not begun when the run ended"),
     ]  # fmt: skip

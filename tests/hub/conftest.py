@@ -1,0 +1,17 @@
+"""A Hub on loopback in the place of the real one."""
+
+import pytest
+from huggingface_hub import constants
+
+from tests.hub.stub_hub import StubHub
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stub that this process and its children take for the Hub."""
+    with StubHub() as hub:
+        for name, value in {**hub.env, "HF_HOME": str(tmp_path / "hf")}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # read when huggingface_hub was imported
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield hub
