@@ -2,13 +2,22 @@
 
 import math
 
+import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainingArguments, set_seed
 
 from configuration_gpt2repro import GPT2ReproConfig
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32, "vocab_size": 64}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_of_accelerates_state():
+    """It holds the precision, once for a process: whoever asks for another one later is refused."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def windows(count: int) -> list[dict]:
