@@ -81,15 +81,17 @@ def load_as_gpt2repro(
         ValueError: no checkpoint there, one of another architecture, tensors that are missing, left over or of
             another shape, a damaged file, or a pickle with more than tensors in it.
     """
-    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model_class: Any = GPT2ReproForCausalLM
     if str(source).endswith(".pt"):
         config, state = _read_pt(Path(source), vocab_size)
-        model, info = GPT2ReproForCausalLM.from_pretrained(None, config=config, state_dict=state, **options)
+        model, info = model_class.from_pretrained(None, config=config, state_dict=state, **options)
     else:
         kind = _load(AutoConfig, source).model_type
         if kind not in ("gpt2", "gpt2repro"):
             raise ValueError(f"{source} holds a {kind} model: expected gpt2 or gpt2repro")
-        model_class = GPT2LMHeadModel if kind == "gpt2" else GPT2ReproForCausalLM
+        if kind == "gpt2":
+            model_class = GPT2LMHeadModel
         model, info = _load(model_class, source, **options)
     _check_tensors(source, info)
     return from_stock(model) if isinstance(model, GPT2LMHeadModel) else model
