@@ -4,7 +4,9 @@ Text is only text: a document that spells out "<|endoftext|>" does not get the t
 """
 
 import codecs
+import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,12 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from gpt2repro.data.sources import NOT_UTF8, Text
+from gpt2repro.data.sources import NOT_UTF8, Document, Text
 
 EOT = "<|endoftext|>"
 EMPTY = "empty"
 PIECE_BYTES = 2**18  # longer documents are encoded in pieces: tokenizers takes some 60 bytes of memory a byte of text
 CONTEXT_BYTES = 200  # on either side of a cut, for the check that it changes no id
+CUT_BYTES = 2**11  # at the end of a piece, where a place for the cut is looked for
+# Where GPT-2's pattern begins a new word whatever stands before: before a newline or a space, and a visible character.
+CUT = re.compile(rb"(?:\n|(?<=[!-~]) )(?=[!-~])")
 RENEW_BYTES = 2**28  # of text, after which a fast encoder is made anew: its cache of words has no bound
 HARD_TEXT = (  # where tokenizers differ, if they do; a sample of the input is compared as well
     " a  b\n\n c\t\td \r\n\r\n\u00a0e\u3000f\u2028g\u0085h don't WE'LL i'Ve 12345 3.14 x_y $£€ naïve na\u0308ve "
@@ -47,18 +52,18 @@ def fast_encoder(tokenizer_file: Path) -> Encode:
         raise ValueError("--fast needs the package gigatoken: pip install gigatoken") from error
     content = json.loads(tokenizer_file.read_text("utf-8"))
     content["added_tokens"] = []  # so that special tokens in a text are text
-    tokenizer: Any = None
-    left = 0
+    new = partial(gigatoken.Tokenizer.from_json, json.dumps(content))
+    try:
+        tokenizer, left = new(), RENEW_BYTES
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--fast does not know this kind of tokenizer ({reason}); leave it out") from error
 
     def encode(text: str) -> np.ndarray:
         nonlocal tokenizer, left
-        if left <= 0:
-            try:
-                tokenizer, left = gigatoken.Tokenizer.from_json(json.dumps(content)), RENEW_BYTES
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                raise ValueError(f"--fast does not know this kind of tokenizer ({reason}); leave it out") from error
         left -= len(text)
+        if left < 0:
+            tokenizer, left = new(), RENEW_BYTES
         return tokenizer.encode(text)
 
     return encode
@@ -69,19 +74,7 @@ def check_fast(tokenizer_file: Path, texts: Iterable[str]) -> None:
     exact, fast = exact_encoder(tokenizer_file), fast_encoder(tokenizer_file)
     for text in (HARD_TEXT, *texts):
         if not np.array_equal(exact(text), fast(text)):
-            raise ValueError(
-                f"--fast gives other ids than tokenizers for a text beginning {text[:60]!r}; leave it out"
-            )
-
-
-def encode_pieces(encode: Encode, eot_id: int, dtype: np.dtype, pieces: list[tuple[bytes, bool]]) -> np.ndarray:
-    """The ids of pieces of documents, one after the other, <|endoftext|> before each piece that begins a document."""
-    parts = []
-    for text, begins in pieces:
-        if begins:
-            parts.append(np.array([eot_id], dtype=dtype))
-        parts.append(encode(text.decode()).astype(dtype))
-    return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
+            raise ValueError(f"--fast gives other ids than tokenizers for {text[:60]!r}…; leave it out")
 
 
 def chunks(text: Text) -> Iterator[bytes]:
@@ -94,17 +87,23 @@ def chunks(text: Text) -> Iterator[bytes]:
             yield bytes(text[start : start + PIECE_BYTES])
 
 
-def reason_to_skip(text: Text) -> str | None:
-    """NOT_UTF8 or EMPTY (nothing but white space), else None. Holds one chunk in memory."""
-    decoder, blank = codecs.getincrementaldecoder("utf-8")(), True
+def split_of(document: Document, val_fraction: float) -> str:
+    """train or val, or why the document belongs to neither. Holds one chunk in memory.
+
+    By the document's own sha256, so that a duplicate never lands on both sides and no order matters.
+    """
+    decoder, digest, blank = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256(), True
     try:
-        for chunk in chunks(text):
+        for chunk in chunks(document.text):
+            digest.update(chunk)
             part = decoder.decode(chunk)
             blank = blank and (not part or part.isspace())
         decoder.decode(b"", final=True)
     except UnicodeDecodeError:
         return NOT_UTF8
-    return EMPTY if blank else None
+    if document.skipped or blank:
+        return document.skipped or EMPTY
+    return "val" if int.from_bytes(digest.digest()[:8], "big") >= (1 - val_fraction) * 2**64 else "train"
 
 
 def cut_document(text: Text, encode: Encode) -> Iterator[bytes]:
@@ -112,50 +111,34 @@ def cut_document(text: Text, encode: Encode) -> Iterator[bytes]:
     rest = b""
     for chunk in chunks(text):
         rest += chunk
-        while len(rest) > PIECE_BYTES and (at := _cut_place(rest, encode)):
+        if len(rest) > PIECE_BYTES and (at := _cut_place(rest, encode)):
             yield rest[:at]
             rest = rest[at:]
     yield rest
 
 
 def _cut_place(text: bytes, encode: Encode) -> int | None:
-    """The last place where a cut changes no id: before a newline (else a space) that a visible character follows.
-
-    GPT-2's pattern begins a new word there whatever stands before. Other tokenizers' may not, so each place is tried.
-    """
-    for separator in b"\n", b" ":
-        at = min(len(text), PIECE_BYTES + 1) - 1
-        for _ in range(100):
-            at = text.rfind(separator, 1, at)
-            if at < 1:
-                break
-            if not 33 <= text[at + 1] <= 126 or (separator == b" " and not 33 <= text[at - 1] <= 126):
-                continue
-            left = text[max(0, at - CONTEXT_BYTES) : at].decode(errors="ignore")
-            right = text[at : at + CONTEXT_BYTES].decode(errors="ignore")
-            if np.array_equal(encode(left + right), np.concatenate([encode(left), encode(right)])):
-                return at
+    """A place near the end where a cut changes no id. Not every tokenizer begins a word where GPT-2 does: try."""
+    places = [match.start() for match in CUT.finditer(text, len(text) - CUT_BYTES, len(text) - CONTEXT_BYTES)]
+    for at in reversed(places):
+        left = text[max(0, at - CONTEXT_BYTES) : at].decode(errors="ignore")
+        right = text[at : at + CONTEXT_BYTES].decode(errors="ignore")
+        if np.array_equal(encode(left + right), np.concatenate([encode(left), encode(right)])):
+            return at
     return None
 
 
 def train_bpe(texts: Iterator[str], entries: int) -> Any:
     """A byte-level BPE in GPT-2's manner with `entries` entries, <|endoftext|> (id 0) among them."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    if entries < 257:
-        raise ValueError(f"a byte-level BPE cannot have {entries} entries: 256 bytes and {EOT} take 257; ask for more")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=entries,
-        special_tokens=[EOT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(texts, entries, min_frequency=0, show_progress=False, special_tokens=[EOT])
+    if trained.get_vocab_size() != entries:
+        found = f"{trained.get_vocab_size():,} entries, not {entries:,} (256 bytes and {EOT} take 257)"
+        raise ValueError(f"the text gives a tokenizer of {found}; ask for another number")
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=EOT, eos_token=EOT, unk_token=EOT, clean_up_tokenization_spaces=False
-    )
+        tokenizer_object=Tokenizer.from_str(trained.to_str()), bos_token=EOT, eos_token=EOT, unk_token=EOT,
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip

@@ -9,9 +9,11 @@ The global batch of a step is the same windows in the same order for every world
 than worker processes: reading is far faster than training, and processes outlive a killed run.
 """
 
-import queue
-import threading
+import itertools
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
@@ -25,52 +27,47 @@ IGNORED = -100  # the target that cross_entropy skips
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
-def check_ids(stream: TokenStream, starts: np.ndarray, ids: np.ndarray, vocab_size: int) -> None:
-    """Raise ValueError for an id past the vocabulary (on a GPU it would be an opaque device-side assert)."""
-    if ids.max(initial=0) < vocab_size:
-        return
-    row, column = np.argwhere(ids >= vocab_size)[0]
-    file, index = stream.locate(int(starts[row]) + int(column))
-    raise ValueError(
-        f"token id {ids[row, column]:,} at position {index:,} of {file} is past vocab_size {vocab_size:,}: the "
-        "shards were made with another tokenizer, or the file is damaged; use the model's tokenizer, or verify them"
-    )
-
-
 def _windows(stream: TokenStream, starts: np.ndarray, seq_len: int, vocab_size: int) -> np.ndarray:
-    """The windows at `starts`: inputs and next tokens, (2, len(starts), seq_len) int64."""
+    """The windows at `starts`: inputs and next tokens, (2, len(starts), seq_len) int64.
+
+    Raises ValueError for an id past the vocabulary (on a GPU it would be an opaque device-side assert).
+    """
     ids = np.empty((len(starts), seq_len + 1), dtype=stream.dtype)
     for row, start in enumerate(starts.tolist()):
         ids[row] = stream.read(start, seq_len + 1)
-    check_ids(stream, starts, ids, vocab_size)
+    if ids.max(initial=0) >= vocab_size:
+        row, column = np.argwhere(ids >= vocab_size)[0]
+        shard, index = stream.locate(int(starts[row]) + int(column))
+        raise ValueError(
+            f"token id {ids[row, column]:,} at position {index:,} of {shard.path} is past vocab_size {vocab_size:,}: "
+            "the shards were made with another tokenizer, or the file is damaged; use the model's tokenizer, or "
+            "verify them"
+        )
     return np.stack([ids[:, :-1], ids[:, 1:]], dtype=np.int64)
 
 
+@dataclass
 class TrainLoader:
     """The micro batches of one rank. accumulation = sequences_per_step / (micro_batch_size * world_size)."""
 
-    def __init__(
-        self,
-        stream: TokenStream,
-        order: WindowOrder,
-        *,
-        sequences_per_step: int,
-        micro_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        vocab_size: int,
-        device: str | torch.device = "cpu",
-    ) -> None:
-        per_micro_step = micro_batch_size * world_size
-        if per_micro_step < 1 or sequences_per_step < 1 or sequences_per_step % per_micro_step:
+    stream: TokenStream
+    order: WindowOrder
+    _: KW_ONLY
+    sequences_per_step: int
+    micro_batch_size: int
+    vocab_size: int
+    rank: int = 0
+    world_size: int = 1
+    device: str | torch.device = "cpu"
+
+    def __post_init__(self) -> None:
+        per_micro_step = self.micro_batch_size * self.world_size
+        if per_micro_step < 1 or self.sequences_per_step < 1 or self.sequences_per_step % per_micro_step:
             raise ValueError(
-                f"{sequences_per_step} sequences a step do not divide into micro batches of {micro_batch_size} on "
-                f"{world_size} processes: sequences_per_step must be a multiple of {per_micro_step}"
+                f"{self.sequences_per_step} sequences a step do not divide into micro batches of "
+                f"{self.micro_batch_size} on {self.world_size} processes: a multiple of {per_micro_step} does"
             )
-        self.stream, self.order, self.vocab_size = stream, order, vocab_size
-        self.sequences_per_step, self.micro_batch_size = sequences_per_step, micro_batch_size
-        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
-        self.accumulation = sequences_per_step // per_micro_step
+        self.accumulation = self.sequences_per_step // per_micro_step
 
     def window_starts(self, step: int) -> np.ndarray:
         """Stream offsets of the whole global batch of `step`, of all ranks: (sequences_per_step,) int64."""
@@ -78,40 +75,23 @@ class TrainLoader:
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """(input_ids, targets) from `first_step` on, endlessly. Closing the generator ends its thread."""
-        ready: queue.Queue[torch.Tensor | BaseException] = queue.Queue(PREFETCH)
-        closed = threading.Event()
-        # A daemon, so that it never holds up the end of the interpreter.
-        threading.Thread(target=self._fill, args=(first_step, ready, closed), name="prefetch", daemon=True).start()
-        try:
-            while True:
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                input_ids, targets = item.to(self.device, non_blocking=True).unbind(0)
-                yield input_ids, targets
-        finally:
-            closed.set()
+        with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
+            ready: deque[Future[torch.Tensor]] = deque()
+            for starts in self._micro_starts(first_step):
+                ready.append(thread.submit(self._batch, starts))
+                if len(ready) > PREFETCH:
+                    input_ids, targets = ready.popleft().result().to(self.device, non_blocking=True).unbind(0)
+                    yield input_ids, targets
 
-    def _fill(self, step: int, ready: queue.Queue, closed: threading.Event) -> None:
-        def put(item: torch.Tensor | BaseException) -> None:
-            while not closed.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
+    def _micro_starts(self, first_step: int) -> Iterator[np.ndarray]:
+        for step in itertools.count(first_step):
+            # (accumulation, world_size, micro_batch_size): micro step m of rank r is row (m, r)
+            starts = self.window_starts(step).reshape(self.accumulation, self.world_size, self.micro_batch_size)
+            yield from starts[:, self.rank]
 
-        try:
-            while not closed.is_set():
-                # (accumulation, world_size, micro_batch_size): micro step m of rank r is row (m, r)
-                starts = self.window_starts(step).reshape(self.accumulation, self.world_size, self.micro_batch_size)
-                for micro_starts in starts[:, self.rank]:
-                    batch = torch.from_numpy(_windows(self.stream, micro_starts, self.order.seq_len, self.vocab_size))
-                    put(batch.pin_memory() if self.device.type == "cuda" else batch)
-                    if closed.is_set():
-                        return
-                step += 1
-        except BaseException as error:  # raised again where the batches are consumed
-            put(error)
+    def _batch(self, starts: np.ndarray) -> torch.Tensor:
+        batch = torch.from_numpy(_windows(self.stream, starts, self.order.seq_len, self.vocab_size))
+        return batch.pin_memory() if torch.device(self.device).type == "cuda" else batch
 
 
 def validation_tokens(stream: TokenStream, seq_len: int, max_tokens: int) -> int:
@@ -120,22 +100,15 @@ def validation_tokens(stream: TokenStream, seq_len: int, max_tokens: int) -> int
     if windows < 1:
         raise ValueError(
             f"no validation window: {stream.tokens:,} validation tokens and at most {max_tokens:,} of them asked for, "
-            f"but one window takes seq_len = {seq_len:,} tokens and the next one; prepare or ask for more"
+            f"but one takes seq_len + 1 = {seq_len + 1:,}; prepare or ask for more"
         )
     return windows * seq_len
 
 
 def validation_batches(
-    stream: TokenStream,
-    *,
-    seq_len: int,
-    max_tokens: int,
-    micro_batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    vocab_size: int,
-    device: str | torch.device = "cpu",
-) -> Iterator[Batch]:
+    stream: TokenStream, *, seq_len: int, max_tokens: int, micro_batch_size: int, vocab_size: int, rank: int = 0,
+    world_size: int = 1, device: str | torch.device = "cpu",
+) -> Iterator[Batch]:  # fmt: skip
     """The first windows of the stream, in its order, split over the ranks; the same set for every world size.
 
     Every batch has the full shape and every rank the same number of them: missing windows are targets of -100.

@@ -15,27 +15,28 @@ import hashlib
 import io
 import json
 import platform
+import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 NOT_TEXT, NOT_UTF8 = "not_text", "not_utf8"
 LONG_LINE = 2**24  # bytes of JSON from which a Python string, up to 4 bytes a character, would be too large a detour
+FILES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-# Bytes of token ids (2 each, at 4 to 5 bytes of English a token) from one byte of the file, compression undone.
-TOKEN_BYTES_PER_FILE_BYTE = {".txt": 0.5, ".md": 0.5, ".jsonl": 0.5, ".gz": 1.5, ".zst": 2.0, ".parquet": 1.2}
+TOKENS_PER_BYTE = {".gz": 0.75, ".zst": 1.0, ".parquet": 0.6}  # of a file; 1/4, as of English, where there is no entry
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-HUB = {  # source: dataset, configuration
-    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
-    "fineweb": ("HuggingFaceFW/fineweb", "sample-10BT"),
-    "openwebtext": ("Skylion007/openwebtext", None),
+HUB = {
+    "fineweb-edu": {"dataset": "HuggingFaceFW/fineweb-edu", "config": "sample-10BT"},
+    "fineweb": {"dataset": "HuggingFaceFW/fineweb", "config": "sample-10BT"},
+    "openwebtext": {"dataset": "Skylion007/openwebtext"},
+    "tinyshakespeare": {"dataset": SHAKESPEARE},
 }
-SOURCES = ("python-docs", "files", "hub", "tinyshakespeare", *HUB)
-
+SOURCES = ("python-docs", "files", "hub", *HUB)
 
 Text = bytes | memoryview | Path  # a Path: the whole file, read in pieces
 
@@ -55,79 +56,71 @@ class Source:
     """What is recorded of a source in dataset.json, and its documents."""
 
     record: dict
-    parts: int = 1  # into how many parts it divides without each of them reading the whole
+    documents: Callable[..., Iterator[Document]]  # documents(position=None): those after a document's position
+    tokens: float = 0.0  # an estimate of GPT-2's, for the disk; 0 where there is none
+    whole_files: int = 1  # into how many parts it divides without each of them reading the whole
     one_document: bool = False
-    token_bytes: float | None = None  # an estimate, for the disk
-
-    def documents(self, position: Any = None) -> Iterator[Document]:
-        raise NotImplementedError
 
 
 def open_source(
-    name: str,
-    *,
-    files: list[str] | None = None,
-    dataset: str | None = None,
-    config: str | None = None,
-    split: str = "train",
-    text_field: str = "text",
-    revision: str | None = None,
-    part: tuple[int, int] = (0, 1),
+    name: str, *, files: list[str] | None = None, text_field: str = "text", part: tuple[int, int] = (0, 1), **hub: Any
 ) -> Source:
-    """The source of that name. `part` (I, N) asks for the I-th of N parts where whole files can be divided so."""
+    """The source of that name.
+
+    files: paths and globs, of the source "files". hub: dataset, config, split, revision, of the others. part (I, N):
+    the I-th of N parts, in whole files if there are so many, else every N-th document.
+    """
     if name not in SOURCES:
         raise ValueError(f"unknown source {name!r}: one of {', '.join(SOURCES)}")
-    if (name == "files") != bool(files):
-        raise ValueError(f"source {name} with files {files}: --source files and --files GLOB go together")
-    if (name == "hub") != bool(dataset):
-        raise ValueError(f"source {name} with dataset {dataset}: --source hub and --dataset NAME go together")
-    if name in ("python-docs", "files", "tinyshakespeare") and (config or revision or split != "train"):
-        raise ValueError(
-            f"name {config}, split {split} and revision {revision} mean nothing to source {name}; omit them"
-        )
+    for owner, flag, value in ("files", "--files GLOB", files), ("hub", "--dataset NAME", hub.get("dataset")):
+        if (name == owner) != bool(value):
+            raise ValueError(f"source {name} with {value}: --source {owner} and {flag} go together")
+    if hub and name in ("python-docs", "files", "tinyshakespeare"):
+        raise ValueError(f"{', '.join(hub)} mean nothing to source {name}; omit them")
     if name == "python-docs":
-        return PythonDocs()
-    if name == "files":
-        return Files(files or [], text_field=text_field, part=part)
-    if name == "tinyshakespeare":
-        source = HubDataset("text", data_files=SHAKESPEARE, sample_by="document", offline="input.txt")
-        source.token_bytes = 1_115_394 * TOKEN_BYTES_PER_FILE_BYTE[".txt"]
-        return source
-    dataset, config = (dataset, config) if name == "hub" else (HUB[name][0], config or HUB[name][1])
-    return HubDataset(str(dataset), config=config, split=split, text_field=text_field, revision=revision, part=part)
+        source = _python_docs()
+    elif name == "files":
+        source = _files(files or [], text_field=text_field, part=part)
+    else:
+        source = _hub(text_field=text_field, part=part, **{**HUB.get(name, {}), **hub})
+    source.tokens /= part[1]
+    if source.whole_files < part[1]:
+        source.documents = partial(_every_nth, source.documents, part)
+    return source
+
+
+def _every_nth(documents: Callable, part: tuple[int, int], position: Any = None) -> Iterator[Document]:
+    first, inside = position or (0, None)
+    for ordinal, document in enumerate(documents(inside), first):
+        if ordinal % part[1] == part[0]:
+            document.position = (ordinal + 1, document.position)
+            yield document
 
 
 def was_made_from(record: dict, name: str, files: list[str]) -> bool:
     """Whether the `source` that a dataset.json records is this one. Files that are gone compare by kind alone."""
     if name != "files":
-        dataset = SHAKESPEARE if name == "tinyshakespeare" else HUB.get(name, (name, None))[0]
-        return record.get("dataset", record.get("name")) == dataset
+        return record.get("dataset", record.get("name")) == HUB.get(name, {"dataset": name})["dataset"]
     try:
-        return record == Files(files).record
+        return record == _files(files).record
     except ValueError:
         return record.get("name") == "files"
 
 
-class PythonDocs(Source):
+def _python_docs() -> Source:
     """English that every Python carries: its language reference, and the standard library's long docstrings."""
-
-    def __init__(self) -> None:
-        self._texts = _python_texts()
-        digest = hashlib.sha256("\0".join(self._texts).encode()).hexdigest()
-        super().__init__({"name": "python-docs", "python": platform.python_version(), "sha256": digest})
-        self.token_bytes = sum(map(len, self._texts)) * TOKEN_BYTES_PER_FILE_BYTE[".txt"]
-
-    def documents(self, position: Any = None) -> Iterator[Document]:
-        for index in range(position or 0, len(self._texts)):
-            yield Document(self._texts[index].encode(), None, index + 1, (index + 1) / len(self._texts))
-
-
-@cache
-def _python_texts() -> list[str]:
     from pydoc_data.topics import topics
 
-    # By set and sort: the same text in whichever order the file system lists the library.
-    return sorted({*topics.values()}) + sorted(_docstrings() - {*topics.values()})
+    reference = {*topics.values()}  # by set and sort: the same in whichever order the file system lists the library
+    texts = sorted(reference) + sorted(_docstrings() - reference)
+
+    def documents(position: int | None = None) -> Iterator[Document]:
+        for number, text in enumerate(texts[position or 0 :], 1 + (position or 0)):
+            yield Document(text.encode(), None, number, number / len(texts))
+
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    record = {"name": "python-docs", "python": platform.python_version(), "sha256": digest}
+    return Source(record, documents, tokens=sum(map(len, texts)) / 4)
 
 
 def _docstrings() -> set[str]:
@@ -146,43 +139,38 @@ def _docstrings() -> set[str]:
     return {text for text in found if len(text) >= 200}
 
 
-class Files(Source):
-    """.txt and .md (a document each), .jsonl, .jsonl.gz, .jsonl.zst and .parquet, in the order given, globs sorted."""
+def _files(patterns: list[str], *, text_field: str = "text", part: tuple[int, int] = (0, 1)) -> Source:
+    """Files in the order given, globs sorted, each once."""
+    paths: dict[Path, int] = {}
+    for pattern in patterns:
+        matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+        found = {Path(match): Path(match).stat().st_size for match in matches if Path(match).is_file()}
+        if not found:
+            raise ValueError(f"no file matches {pattern!r}; give a file, or a glob in quotes such as 'folder/*.jsonl'")
+        paths |= found
+    for path in paths:
+        if not path.name.endswith(FILES):
+            raise ValueError(f"{path} is of no known kind: {', '.join(FILES)}")
+    mine = list(paths)[part[0] :: part[1]] if part[1] <= len(paths) else list(paths)
+    sizes = [{"file": path.name, "bytes": size} for path, size in paths.items()]
+    return Source(
+        {"name": "files", "text_field": text_field, "files": sizes},
+        partial(_file_documents, mine, text_field),
+        tokens=sum(size * TOKENS_PER_BYTE.get(path.suffix, 0.25) for path, size in paths.items()),
+        whole_files=len(paths),
+        one_document=len(paths) == 1 and mine[0].suffix in (".txt", ".md"),
+    )
 
-    def __init__(self, patterns: list[str], *, text_field: str = "text", part: tuple[int, int] = (0, 1)) -> None:
-        paths: dict[Path, None] = {}
-        for pattern in patterns:
-            matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-            if not [match for match in matches if Path(match).is_file()]:
-                raise ValueError(
-                    f"no file matches {pattern!r}; give a file, or a glob in quotes such as 'folder/*.jsonl'"
-                )
-            paths |= dict.fromkeys(Path(match) for match in matches if Path(match).is_file())
-        for path in paths:
-            known = path.suffix in {".txt", ".md", ".jsonl", ".parquet"} or path.suffixes[-2:-1] == [".jsonl"]
-            if not known or path.suffix not in TOKEN_BYTES_PER_FILE_BYTE:
-                raise ValueError(f"{path} is of no known kind: .txt, .md, .jsonl, .jsonl.gz, .jsonl.zst or .parquet")
-        sizes = [{"file": path.name, "bytes": path.stat().st_size} for path in paths]
-        super().__init__({"name": "files", "text_field": text_field, "files": sizes}, parts=len(paths))
-        self.one_document = len(paths) == 1 and next(iter(paths)).suffix in {".txt", ".md"}
-        self.paths, self.text_field = list(paths), text_field
-        if part[1] <= self.parts:
-            self.paths = self.paths[part[0] :: part[1]]
-        self.sizes = [path.stat().st_size for path in self.paths]
-        self.token_bytes = sum(
-            size * TOKEN_BYTES_PER_FILE_BYTE[path.suffix] for path, size in zip(self.paths, self.sizes, strict=True)
-        )
 
-    def documents(self, position: Any = None) -> Iterator[Document]:
-        first, inside = position or (0, None)
-        total = sum(self.sizes) or 1
-        for index in range(first, len(self.paths)):
-            path = self.paths[index]
-            read = {".txt": _text, ".md": _text, ".parquet": _parquet}.get(path.suffix, _json_lines)
-            for document in read(path, self.text_field, inside if index == first else None):
-                document.position = (index, document.position)
-                document.done = (sum(self.sizes[:index]) + (document.done or 0) * self.sizes[index]) / total
-                yield document
+def _file_documents(paths: list[Path], text_field: str, position: Any = None) -> Iterator[Document]:
+    first, inside = position or (0, None)
+    sizes = [path.stat().st_size for path in paths]
+    for index, path in enumerate(paths[first:], first):
+        read = {".txt": _text, ".md": _text, ".parquet": _parquet}.get(path.suffix, _json_lines)
+        for document in read(path, text_field, inside if index == first else None):
+            document.position = (index, document.position)
+            document.done = (sum(sizes[:index]) + (document.done or 0) * sizes[index]) / (sum(sizes) or 1)
+            yield document
 
 
 def _text(path: Path, text_field: str, position: Any) -> Iterator[Document]:
@@ -192,7 +180,7 @@ def _text(path: Path, text_field: str, position: Any) -> Iterator[Document]:
 
 def _json_lines(path: Path, text_field: str, position: int | None) -> Iterator[Document]:
     """One document a line. Our own reading rather than `datasets`': theirs fails a whole block for one bad line."""
-    size = path.stat().st_size
+    size, at = path.stat().st_size, 0
     with open(path, "rb") as raw:
         try:
             lines: Any = raw
@@ -200,20 +188,19 @@ def _json_lines(path: Path, text_field: str, position: int | None) -> Iterator[D
                 import pyarrow
 
                 lines = io.BufferedReader(pyarrow.input_stream(raw, compression=COMPRESSION[path.suffix]), 2**20)
-            start = position or 0
-            at = 0 if path.suffix in COMPRESSION else lines.seek(start)
-            while at < start:
-                at += len(lines.read(min(2**20, start - at)))
+            elif position:
+                at = lines.seek(position)
             for line in lines:
                 at += len(line)
-                text, skipped = _line_text(line, text_field)
-                del line  # it may be large, and the document is about to be worked on
-                yield Document(text, skipped, at, raw.tell() / size)
+                if at > (position or 0):
+                    text, skipped = _line_text(line, text_field)
+                    del line  # it may be large, and the document is about to be worked on
+                    yield Document(text, skipped, at, raw.tell() / size)
         except (OSError, EOFError) as error:
             raise ValueError(f"{path} cannot be read to its end ({error}); it is damaged: copy it again") from error
 
 
-def _line_text(line: bytes, text_field: str) -> tuple[bytes | memoryview, str | None]:
+def _line_text(line: bytes, text_field: str) -> tuple[Text, str | None]:
     try:
         if len(line) > LONG_LINE:
             return _long_line_text(line, text_field)
@@ -226,16 +213,14 @@ def _line_text(line: bytes, text_field: str) -> tuple[bytes | memoryview, str | 
         return b"", NOT_TEXT
 
 
-def _long_line_text(line: bytes, text_field: str) -> tuple[bytes | memoryview, str | None]:
+def _long_line_text(line: bytes, text_field: str) -> tuple[Text, str | None]:
     import pyarrow
     from pyarrow import json as arrow_json
 
-    table = arrow_json.read_json(
-        pyarrow.BufferReader(line),
-        arrow_json.ReadOptions(use_threads=False, block_size=len(line) + 1),
-        arrow_json.ParseOptions(pyarrow.schema([(text_field, pyarrow.string())]), unexpected_field_behavior="ignore"),
-    )
-    text = table[text_field][0].as_buffer()
+    schema = pyarrow.schema([(text_field, pyarrow.string())])
+    whole = arrow_json.ReadOptions(use_threads=False, block_size=len(line) + 1)
+    alone = arrow_json.ParseOptions(schema, unexpected_field_behavior="ignore")
+    text = arrow_json.read_json(pyarrow.BufferReader(line), whole, alone)[text_field][0].as_buffer()
     return (b"", NOT_TEXT) if text is None else (memoryview(text), None)
 
 
@@ -243,13 +228,11 @@ def _parquet(path: Path, text_field: str, position: Any) -> Iterator[Document]:
     import datasets
 
     stream = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-    yield from _arrow_documents(stream, text_field, position, str(path))
+    yield from _arrow_documents(stream, text_field, str(path), position)
 
 
-def _arrow_documents(stream: Any, text_field: str, position: Any, name: str) -> Iterator[Document]:
+def _arrow_documents(stream: Any, text_field: str, name: str, position: Any = None) -> Iterator[Document]:
     """The documents of a streaming `datasets` dataset; the position is its own state and the rows done since."""
-    import pyarrow
-
     stream = stream.with_format("arrow")
     done = 0
     if position:
@@ -257,60 +240,44 @@ def _arrow_documents(stream: Any, text_field: str, position: Any, name: str) -> 
         done = position["rows"]
     state = stream.state_dict()
     for table in stream.iter(batch_size=256):
-        if text_field not in table.column_names:
-            raise ValueError(
-                f"{name} has no field {text_field!r}, only {table.column_names}; name it with --text-field"
-            )
-        column = table[text_field]
-        if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
-            raise ValueError(f"{name}: the field {text_field!r} is {column.type}, expected text; name another")
-        for row, value in islice(enumerate(column), done, None):
+        kinds = {field.name: str(field.type) for field in table.schema}
+        if kinds.get(text_field) not in ("string", "large_string"):
+            raise ValueError(f"{name} has no text in a field {text_field!r}, only {kinds}; name it with --text-field")
+        for row, value in islice(enumerate(table[text_field]), done, None):
             text = value.as_buffer()  # without a copy, and without a check for UTF-8: prepare checks and counts
             skipped = NOT_TEXT if text is None else None
             yield Document(memoryview(text or b""), skipped, {"state": state, "rows": row + 1})
         state, done = stream.state_dict(), 0
 
 
-class HubDataset(Source):
+def _hub(
+    dataset: str, *, config: str | None = None, split: str = "train", revision: str | None = None,
+    text_field: str, part: tuple[int, int],
+) -> Source:  # fmt: skip
     """A dataset of the Hub, or a local folder laid out like one, streamed by `datasets` at one fixed commit."""
+    import datasets
+    from huggingface_hub import HfApi
 
-    def __init__(
-        self,
-        dataset: str,
-        *,
-        config: str | None = None,
-        split: str = "train",
-        text_field: str = "text",
-        revision: str | None = None,
-        part: tuple[int, int] = (0, 1),
-        offline: str = "*.parquet",
-        **options: Any,
-    ) -> None:
-        import datasets
-        from huggingface_hub import HfApi
-
-        name = options.get("data_files", dataset)
-        try:
-            if not Path(dataset).is_dir() and not options:
-                revision = HfApi().dataset_info(dataset, revision=revision, timeout=10).sha
-            self.stream = datasets.load_dataset(
-                dataset, name=config, split=split, revision=revision, streaming=True, **options
-            )
-        except Exception as error:  # each layer below has its own: http client, hub, file system, builder
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(
-                f"the dataset {name} cannot be opened ({reason}). Without a network: --source files --files {offline} "
-                "for files that are here, --source hub --dataset FOLDER for a downloaded repository, or --source "
-                "python-docs, which needs nothing"
-            ) from error
-        record = {"name": "hub", "dataset": Path(dataset).name if Path(dataset).is_dir() else name, "config": config,
-                  "split": split, "text_field": text_field, "revision": revision}  # fmt: skip
-        super().__init__(record, parts=self.stream.num_shards, one_document="data_files" in options)
-        if 1 < part[1] <= self.parts:
-            self.stream = self.stream.shard(num_shards=part[1], index=part[0])
-        self.name, self.text_field = name, text_field
-        if config and config.startswith("sample-") and config.endswith("BT"):
-            self.token_bytes = int(config[7:-2]) * 2e9 / part[1]  # the name counts GPT-2 tokens in billions
-
-    def documents(self, position: Any = None) -> Iterator[Document]:
-        return _arrow_documents(self.stream, self.text_field, position, self.name)
+    local, one_file = Path(dataset).is_dir(), dataset == SHAKESPEARE
+    options: dict = {"path": dataset, "name": config}
+    try:
+        if one_file:
+            options = {"path": "text", "data_files": dataset, "sample_by": "document"}
+        elif not local:
+            revision = HfApi().dataset_info(dataset, revision=revision, timeout=10).sha
+        stream = datasets.load_dataset(**options, split=split, revision=revision, streaming=True)
+    except Exception as error:  # each layer below has its own: http client, hub, file system, builder
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"the dataset {dataset} cannot be opened ({reason}). Without a network: --source files --files GLOB, "
+            "--source hub --dataset FOLDER for a downloaded repository, or --source python-docs, which needs nothing"
+        ) from error
+    whole_files = stream.num_shards
+    if 1 < part[1] <= whole_files:
+        stream = stream.shard(num_shards=part[1], index=part[0])
+    record = {"name": "hub", "dataset": Path(dataset).name if local else dataset, "config": config, "split": split,
+              "text_field": text_field, "revision": revision}  # fmt: skip
+    sample = re.fullmatch(r"sample-(\d+)BT", config or "")  # the name counts GPT-2 tokens in billions
+    tokens = 1_115_394 / 4 if one_file else int(sample[1]) * 1e9 if sample else 0.0
+    documents = partial(_arrow_documents, stream, text_field, dataset)
+    return Source(record, documents, tokens, whole_files, one_document=one_file)

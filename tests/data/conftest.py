@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gpt2repro.data.prepare import prepare
-from gpt2repro.data.shards import UNFINISHED, ShardWriter, token_dtype
+from gpt2repro.data.shards import UNFINISHED, ShardWriter
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -59,10 +59,10 @@ def write_dataset(tmp_path: Path) -> Callable[..., Path]:
         (folder / UNFINISHED).mkdir(parents=True)
         splits = {}
         for name, ids in ("train", train), ("val", val):
-            writer = ShardWriter(folder, name, dtype=token_dtype(vocab_size), shard_tokens=shard_tokens)
+            writer = ShardWriter(folder, name, vocab_size=vocab_size, eot_id=0, shard_tokens=shard_tokens)
             writer.write(np.asarray(ids, dtype=np.uint32))
             writer.finish_shard()
-            splits[name] = {"tokens": writer.tokens, "documents": 1, "shards": writer.shards}
+            splits[name] = writer.record
         info = {
             "format_version": 1,
             "tokenizer_sha256": "none",

@@ -68,7 +68,7 @@ def test_cutting_a_document_changes_no_id(dataset_folder: Path, spread: str) -> 
     pieces = list(cut_document(text.encode(), encode))
     assert b"".join(pieces) == text.encode()
     if spread != "no white space":
-        assert len(pieces) > 2 and max(map(len, pieces)) <= PIECE_BYTES + 1
+        assert len(pieces) > 2 and max(map(len, pieces)) < 2 * PIECE_BYTES
     joined = np.concatenate([encode(piece.decode()) for piece in pieces])
     assert np.array_equal(joined, encode(text))
 
@@ -83,7 +83,7 @@ def test_cutting_changes_no_id_of_gpt2(tokenizer_file: Path) -> None:
 
 def test_a_tokenizer_that_joins_over_newlines_is_never_cut_there(tmp_path: Path) -> None:
     """One whose words are whole lines with their newline before them: every cut that GPT-2 allows must be tried."""
-    tokenizer = Tokenizer.from_str(train_bpe(iter(["a b\nc d\n" * 1000]), 300).backend_tokenizer.to_str())
+    tokenizer = Tokenizer.from_str(train_bpe(iter(["a b\nc d\n" * 1000]), 259).backend_tokenizer.to_str())
     content = json.loads(tokenizer.to_str())
     content["pre_tokenizer"] = {
         "type": "ByteLevel",
@@ -99,7 +99,7 @@ def test_a_tokenizer_that_joins_over_newlines_is_never_cut_there(tmp_path: Path)
 
 
 def test_too_few_entries_for_a_bpe_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"256 bytes and .* take 257"):
+    with pytest.raises(ValueError, match=r"257 entries, not 256 \(256 bytes and .* take 257\)"):
         train_bpe(iter(["text"]), 256)
 
 

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -108,14 +107,12 @@ def test_a_file_that_shrinks_during_a_run_is_an_error_in_the_consumer(stream: To
 
 
 def test_closing_the_batches_ends_their_thread(stream: TokenStream) -> None:
+    before = set(threading.enumerate())
     batches = loader(stream).batches(0)
     next(batches)
-    assert any(thread.name == "prefetch" for thread in threading.enumerate())
+    (thread,) = set(threading.enumerate()) - before
     batches.close()
-    deadline = time.monotonic() + 5
-    while any(thread.name == "prefetch" for thread in threading.enumerate()):
-        assert time.monotonic() < deadline, "the prefetch thread is still there"
-        time.sleep(0.01)
+    assert not thread.is_alive()
 
 
 def test_an_unfinished_loader_never_holds_up_the_interpreter(dataset_folder: Path) -> None:
@@ -131,7 +128,7 @@ batches = loader.batches(0)
 print(next(batches)[0].shape)
 raise SystemExit(7)
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
     assert (run.returncode, run.stdout) == (7, "torch.Size([4, 8])\n"), run.stderr
 
 
@@ -143,7 +140,7 @@ for name in ("datasets", "evaluate", "pyarrow", "tokenizers", "pandas", "matplot
 from gpt2repro.data import loader, order, shards
 assert shards.open_dataset({str(dataset_folder)!r}).split("val").tokens > 0
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr
 
 

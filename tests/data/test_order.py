@@ -77,9 +77,9 @@ def test_a_trillion_tokens_cost_no_memory_and_no_seeking() -> None:
     order = WindowOrder(10**12, 1024, seed=1337)
     order.starts(0, 512)
     tracemalloc.start()
-    began = time.perf_counter()
+    began = time.process_time()  # not the clock on the wall: other programs may have the core
     starts = order.starts(123_456_789_012, 512)
-    seconds, (_, peak) = time.perf_counter() - began, tracemalloc.get_traced_memory()
+    seconds, (_, peak) = time.process_time() - began, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(np.unique(starts)) == 512 and starts.min() >= 0 and starts.max() < 10**12
     assert seconds < 0.1 and peak < 1_000_000, (seconds, peak)

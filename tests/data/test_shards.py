@@ -40,7 +40,7 @@ def test_several_folders_are_one_stream_per_split(write_dataset: Callable[..., P
     one, two = write_dataset(IDS[:1500], IDS[:10]), write_dataset(IDS[1500:])
     both = open_dataset([one, two])
     assert np.array_equal(both.split("train").read(1490, 20), IDS[1490:1510])
-    assert both.split("train").tokens == both.info["splits"]["train"]["tokens"] == 4321
+    assert both.split("train").tokens == 4321
     assert both.split("val").tokens == 10
     assert both.fingerprint not in (open_dataset(one).fingerprint, open_dataset([two, one]).fingerprint)
 
@@ -54,7 +54,7 @@ def test_folders_of_different_tokenizers_are_refused(write_dataset: Callable[...
 
 
 def test_a_split_that_is_not_there_names_those_that_are(write_dataset: Callable[..., Path]) -> None:
-    with pytest.raises(ValueError, match=r"no split 'val', only 'train'.*--val-tokens"):
+    with pytest.raises(ValueError, match=r"no split 'val', only \['train'\].*--val-tokens"):
         open_dataset(write_dataset(IDS)).split("val")
 
 
@@ -73,7 +73,7 @@ def _change_header(folder: Path) -> None:
         (lambda folder: (folder / "dataset.json").unlink(), "no dataset.json|neither dataset.json"),
         (lambda folder: (folder / "dataset.json").write_text('{"format_version": 1'), "dataset.json is broken"),
         (lambda folder: (folder / "dataset.json").write_text('{"format_version": 1}'), "broken .*vocab_size"),
-        (lambda folder: (folder / "dataset.json").write_text('{"format_version": 9}'), "version 9, this code reads 1"),
+        (lambda folder: (folder / "dataset.json").write_text('{"format_version": 9}'), "has version 9, not 1"),
         (lambda folder: (folder / "train-00002.npy").unlink(), r"train-00002.npy is missing"),
         (_truncate, r"train-00002.npy is truncated: 1,001 bytes, expected 2,128"),
         (_change_header, r"train-00002.npy has another header"),
@@ -156,12 +156,12 @@ def test_foreign_shards_are_read_in_place(tmp_path: Path, dataset_folder: Path, 
 @pytest.mark.parametrize(
     ("name", "content", "options", "message"),
     [
-        ("train.bin", llmc_bytes(IDS, magic=20240801), {}, "magic 20240801, expected 20240520"),
-        ("train.bin", llmc_bytes(IDS, version=2), {}, "version 2, expected 1"),
+        ("train.bin", llmc_bytes(IDS, magic=20240801), {}, r"begins with \[20240801, 1\], expected magic 20240520"),
+        ("train.bin", llmc_bytes(IDS, version=2), {}, r"begins with \[20240520, 2\], expected .* version 1"),
         ("train.bin", llmc_bytes(IDS)[:-2], {}, "truncated: 9,664 bytes, expected 9,666"),
         ("train.bin", llmc_bytes(IDS) + b"xx", {}, "longer than its header"),
-        ("train.bin", IDS.astype(np.uint16).tobytes(), {}, 'magic .*format "nanogpt"'),
-        ("train.bin", b"", {}, "an empty file"),
+        ("train.bin", IDS.astype(np.uint16).tobytes(), {}, 'expected magic .*format "nanogpt"'),
+        ("train.bin", b"", {}, r"begins with \[\], expected"),
         ("train.bin", b"abc", {"format": "nanogpt"}, "3 bytes, which is no whole number of uint16"),
         ("tokens.bin", llmc_bytes(IDS), {}, "'train' or 'val' in its name"),
         ("train.bin", llmc_bytes(IDS), {"tokenizer": None}, "does not say its tokenizer"),
@@ -215,8 +215,8 @@ def test_memory_does_not_grow_with_what_is_read_of_a_dataset(tmp_path: Path) -> 
     stream.read(0, 1025)
     before = psutil.Process().memory_info().rss
     starts = np.random.default_rng(0).integers(0, stream.tokens, 20_000)
-    began = time.perf_counter()
+    began = time.process_time()  # not the clock on the wall: other programs may have the core
     for start in starts.tolist():
         stream.read(start, 1025)
     assert psutil.Process().memory_info().rss - before < 10_000_000
-    assert 20_000 * 1024 / (time.perf_counter() - began) > 2_000_000  # a tenth of what an idle core does
+    assert 20_000 * 1024 / (time.process_time() - began) > 2_000_000  # a tenth of what an idle core does

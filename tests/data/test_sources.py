@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -152,22 +151,30 @@ def test_a_source_that_cannot_be_is_refused(options: dict, message: str) -> None
 
 def test_a_parquet_file_without_the_field_names_those_it_has(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", TEXTS[:5])
-    with pytest.raises(ValueError, match=r"no field 'body', only \['id', 'text'\]; name it with --text-field"):
+    with pytest.raises(ValueError, match=r"no text in a field 'body', only .*; name it with --text-field"):
         list(open_source("files", files=[str(path)], text_field="body").documents())
-    with pytest.raises(ValueError, match=r"the field 'id' is int64, expected text"):
+    with pytest.raises(ValueError, match=r"no text in a field 'id', only \{'id': 'int64'"):
         list(open_source("files", files=[str(path)], text_field="id").documents())
 
 
 @pytest.mark.parametrize("source", ["fineweb-edu", "openwebtext", "tinyshakespeare"])
 def test_without_a_network_a_hub_source_fails_in_seconds_and_names_the_ways_out(source: str) -> None:
-    program = f"from gpt2repro.data.sources import open_source; open_source({source!r})"
-    began = time.monotonic()
+    program = f"""
+import time
+import datasets, huggingface_hub  # how long an import takes says nothing about the network
+from gpt2repro.data.sources import open_source
+began = time.monotonic()
+try:
+    open_source({source!r})
+finally:
+    print(time.monotonic() - began)
+"""
     # A proxy that nobody answers at: the same refusal on machines that do have a network.
     dead = dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
     run = subprocess.run(
         [sys.executable, "-c", program], env={**os.environ, **dead}, cwd=ROOT, capture_output=True, text=True
     )
-    assert time.monotonic() - began < 30
+    assert float(run.stdout) < 30
     last = run.stderr.strip().splitlines()[-1]
     assert last.startswith("ValueError: the dataset ") and "cannot be opened" in last
     assert "--source files" in last and "--dataset FOLDER" in last and "python-docs" in last
