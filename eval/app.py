@@ -37,8 +37,7 @@ def complete(
     with ThreadPoolExecutor(max_workers=1) as executor:
         writing = executor.submit(
             sample, model, tokenizer, prompt,
-            num_samples=1, max_new_tokens=length, top_k=top_k or None, seed=seed,
-            temperature=temperature or 1.0, greedy=temperature == 0, streamer=streamer,
+            num_samples=1, max_new_tokens=length, top_k=top_k, temperature=temperature, seed=seed, streamer=streamer,
             stopping_criteria=StoppingCriteriaList(
                 [lambda ids, scores, **_: torch.full(ids.shape[:1], stop.is_set(), device=ids.device)]
             ),

@@ -21,6 +21,7 @@ import modeling_gpt2repro  # noqa: F401 (the import registers our classes with t
 # An embedding has a few more rows than its tokenizer has tokens where it was padded for speed (GPT-2: 50304 for 50257;
 # published models: up to 905). More than that is another tokenizer.
 MAX_PADDED_ROWS = 1024
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load_model(
@@ -79,10 +80,8 @@ def model_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id of a causal language model")
     parser.add_argument("--tokenizer", help="folder or Hub id, where the tokenizer does not lie beside the model")
-    parser.add_argument(
-        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="default: %(default)s"
-    )
-    parser.add_argument("--device", default=best_device(), help="cpu, cuda, cuda:1, … (here the default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights (default: %(default)s)")
+    parser.add_argument("--device", default=best_device(), help="cpu, cuda, cuda:1, … (default: %(default)s)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that lies beside the weights")
     return parser
 

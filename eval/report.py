@@ -79,13 +79,13 @@ def read_run(folder: str | Path) -> Run:
 
     Raises:
         ValueError: no metrics.jsonl, or no rows in it.
+        OSError: no run.json.
     """
     folder = Path(folder)
     rows = read_metrics(folder / "metrics.jsonl")
     if not rows:
         raise ValueError(f"{folder} holds no metrics.jsonl with rows: give the folder of a run (its output_dir)")
-    record = folder / "run.json"
-    info = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     return Run(folder.resolve().name, info, rows)
 
 

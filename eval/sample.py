@@ -21,27 +21,23 @@ def sample(
     *,
     num_samples: int = 4,
     max_new_tokens: int = 32,
-    top_k: int | None = 50,
+    top_k: int = 50,
     temperature: float = 1.0,
     seed: int = 42,
-    greedy: bool = False,
     **options,
 ) -> list[str]:
-    """`num_samples` continuations of the prompt, each with the prompt before it; one where they are greedy.
+    """`num_samples` continuations of the prompt, each with the prompt before it.
 
-    A text ends at <|endoftext|> or after `max_new_tokens`. An empty prompt starts a new document. `top_k=None` draws
-    from the whole vocabulary; `options` go to `generate` as they are. The random state of the caller is left as it
-    was, and a compiled model runs eagerly: a sequence that grows by a token a step would be compiled again and again.
+    A text ends at <|endoftext|> or after `max_new_tokens`. An empty prompt starts a new document. `temperature=0` is
+    greedy, which gives one text; `top_k=0` draws from the whole vocabulary; `options` go to `generate` as they are.
+    The random state of the caller is left as it was, and a compiled model runs eagerly: a sequence that grows by a
+    token a step would be compiled again and again.
 
     Raises:
         ValueError: prompt and new tokens do not fit the model, or a number out of its range.
     """
     if num_samples < 1 or max_new_tokens < 1:
         raise ValueError(f"num_samples is {num_samples} and max_new_tokens {max_new_tokens}: give at least 1 of each")
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}: give more than 0, or greedy=True for the likeliest token")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}: give at least 1, or None for the whole vocabulary")
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] or [tokenizer.eos_token_id]
     if len(ids) + max_new_tokens > max_positions(model):
         raise ValueError(
@@ -49,14 +45,14 @@ def sample(
             f"{max_positions(model)} positions: shorten the prompt or ask for fewer tokens"
         )
     input_ids = torch.tensor([ids], device=model.device)
-    drawn = {} if greedy else {"top_k": top_k or 0, "temperature": temperature, "num_return_sequences": num_samples}
+    drawn = {"top_k": top_k, "temperature": temperature, "num_return_sequences": num_samples} if temperature else {}
     accelerators = [] if model.device.type == "cpu" else [model.device]
     with torch.random.fork_rng(accelerators), torch.compiler.set_stance("force_eager"):
         torch.manual_seed(seed)
         output = model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
-            do_sample=not greedy,
+            do_sample=bool(drawn),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.eos_token_id,
             **drawn,
@@ -75,10 +71,12 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=50, help="likeliest tokens; 0: all (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="of the sampling (default: %(default)s)")
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest token: one text, no seed")
+    parser.add_argument(
+        "--greedy", dest="temperature", action="store_const", const=0.0, help="always the likeliest token: one text"
+    )
     arguments = parser.parse_args()
-    names = ("num_samples", "max_new_tokens", "temperature", "seed", "greedy")
-    settings = {name: getattr(arguments, name) for name in names} | {"top_k": arguments.top_k or None}
+    names = ("num_samples", "max_new_tokens", "top_k", "temperature", "seed")
+    settings = {name: getattr(arguments, name) for name in names}
     model, tokenizer = load_from(arguments)
     if not arguments.interactive:
         for text in sample(model, tokenizer, arguments.prompt, **settings):

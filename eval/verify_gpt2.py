@@ -50,7 +50,9 @@ def largest_difference(stock: str, ours: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="openai-community/gpt2", help="stock GPT-2 124M, a folder or %(default)s")
+    parser.add_argument(
+        "--model", default="openai-community/gpt2", help="folder or Hub id of stock GPT-2 124M (default: %(default)s)"
+    )
     parser.add_argument("--data", help="JSONL file of HellaSwag's validation items (default: the Hub's)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--dataset", help="prepared dataset whose validation loss is measured as well")

@@ -50,9 +50,9 @@ def test_the_last_text_is_that_of_sample_and_every_text_continues_the_one_before
 
 
 def test_temperature_zero_is_greedy_and_top_k_zero_the_whole_vocabulary(tiny_model, bpe):
-    greedy = sample(tiny_model, bpe, "A woman", max_new_tokens=9, greedy=True)
+    greedy = sample(tiny_model, bpe, "A woman", max_new_tokens=9, temperature=0)
     assert list(complete(tiny_model, bpe, "A woman", temperature=0, length=9))[-1:] == greedy
-    whole = sample(tiny_model, bpe, "A woman", num_samples=1, max_new_tokens=9, top_k=None, seed=5)
+    whole = sample(tiny_model, bpe, "A woman", num_samples=1, max_new_tokens=9, top_k=0, seed=5)
     assert list(complete(tiny_model, bpe, "A woman", top_k=0, length=9, seed=5))[-1:] == whole
 
 

@@ -1,4 +1,7 @@
-"""What loads as a model for evaluation, and what is refused."""
+"""What loads as a model for evaluation, what is refused, and what the commands say of themselves."""
+
+import importlib
+import sys
 
 import pytest
 import torch
@@ -34,3 +37,24 @@ def test_a_folder_that_is_missing_or_holds_no_checkpoint_is_named(tmp_path):
         load_model("runs/no/latest")
     with pytest.raises(ValueError, match=r"holds no config\.json: give a checkpoint folder"):
         load_model(str(tmp_path))
+
+
+DEFAULTS = {
+    "app": ["7860"],
+    "doctor": ["1"],
+    "hellaswag": ["float32", "completion for hellaswag"],
+    "lm_harness": ["16", "lm_eval.json in the checkpoint's folder"],
+    "sample": ["4", "32", "50", "1.0", "42"],
+    "validation": ["4"],
+    "verify_gpt2": ["openai-community/gpt2"],
+}
+
+
+@pytest.mark.parametrize("command", DEFAULTS)
+def test_the_help_of_a_command_names_the_defaults_of_its_flags(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(sys, "argv", [command, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module(f"eval.{command}").main()
+    said = capsys.readouterr().out
+    assert all(f"(default: {value}" in said for value in DEFAULTS[command])

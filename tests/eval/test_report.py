@@ -80,6 +80,7 @@ def test_the_released_loss_is_drawn_for_its_own_dataset_only(tmp_path, monkeypat
 def test_a_half_written_row_is_left_out_and_a_folder_without_rows_is_named(tmp_path):
     rows = [{"step": step, "kind": "train", "loss": loss} for step, loss in [(1, 5.0), (2, 4.0), (3, None)]]
     text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "run.json").write_text("{}")
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 4, "kind": "tr')
     assert [row["loss"] for row in read_run(tmp_path).losses("train")] == [5.0, 4.0]
     with pytest.raises(ValueError, match=r"holds no metrics\.jsonl with rows: give the folder of a run"):

@@ -17,7 +17,7 @@ def test_greedy_text_is_the_argmax_of_every_step(tiny_model, bpe):
         if ids[-1] == bpe.eos_token_id:
             break
     expected = bpe.decode(ids, skip_special_tokens=True)
-    assert sample(tiny_model, bpe, "The man", max_new_tokens=8, greedy=True) == [expected]
+    assert sample(tiny_model, bpe, "The man", max_new_tokens=8, temperature=0) == [expected]
 
 
 def test_one_seed_gives_one_set_of_texts_and_another_seed_another(tiny_model, bpe):
@@ -38,7 +38,7 @@ def test_sampling_leaves_the_random_state_of_the_caller_alone(tiny_model, bpe):
 
 
 def test_top_k_of_one_is_greedy(tiny_model, bpe):
-    greedy = sample(tiny_model, bpe, "A woman", max_new_tokens=6, greedy=True)
+    greedy = sample(tiny_model, bpe, "A woman", max_new_tokens=6, temperature=0)
     assert sample(tiny_model, bpe, "A woman", max_new_tokens=6, top_k=1, num_samples=2) == greedy * 2
 
 
@@ -59,8 +59,8 @@ def test_an_empty_prompt_starts_a_document(tiny_model, bpe):
     ("settings", "message"),
     [
         ({"max_new_tokens": 63}, "2 tokens and 63 new ones do not fit the model's 64 positions"),
-        ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"top_k": 0}, "top_k is 0"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_k": -1}, "top_k"),
         ({"num_samples": 0}, "num_samples is 0"),
     ],
 )
@@ -74,7 +74,7 @@ def test_the_command_prints_texts_and_converses(checkpoint, tiny_model, bpe, mon
     from eval import sample as module
 
     arguments = ["--model", str(checkpoint), "--max-new-tokens", "4", "--greedy", "--device", "cpu"]
-    expected = sample(tiny_model, bpe, "The man", max_new_tokens=4, greedy=True)[0]
+    expected = sample(tiny_model, bpe, "The man", max_new_tokens=4, temperature=0)[0]
     monkeypatch.setattr(sys, "argv", ["sample", *arguments, "--prompt", "The man"])
     module.main()
     assert capsys.readouterr().out == f"> {expected}\n"
