@@ -10,22 +10,22 @@ as well). Ours is measured in the style of the rival: `completion` beside one it
 `harness` beside lm-eval.
 """
 
-import argparse
-import json
-import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from benchmarks.training_step import machine
+from benchmarks.measuring import Seconds, command_line, finish, machine, print_row, time_in_turns
 from configuration_gpt2repro import NAMED_SHAPES, GPT2ReproConfig
-from eval.loading import run_command, write_json
+from eval.loading import run_command
 from eval.multiple_choice import encode, score_items, score_task
 from eval.tasks import Row, read_rows, render
 from modeling_gpt2repro import GPT2ReproForCausalLM
+
+Scorer = Callable[[], list[int]]  # the predictions (acc_norm) of all items
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def one_item_at_a_time(model, tokenizer, rows: list[Row]) -> list[int]:
     return predictions
 
 
-def lm_eval_scorer(model, tokenizer, rows: list[Row], batch_size: int) -> Callable[[], list[int]]:
+def lm_eval_scorer(model, tokenizer, rows: list[Row], batch_size: int) -> Scorer:
     """lm-eval's `hf` model on the requests that its own task would make of the rows."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -65,55 +65,46 @@ def lm_eval_scorer(model, tokenizer, rows: list[Row], batch_size: int) -> Callab
     return score
 
 
-def own_scorer(
-    model, tokenizer, rows: list[Row], style: str, batch_size: int | None, **options
-) -> Callable[[], list[int]]:
-    def score() -> list[int]:
-        options_ = {"items": rows, "style": style, "batch_size": batch_size, **options}
-        results = score_task(model, tokenizer, "hellaswag", **options_)
-        return [result["prediction_norm"] for result in sorted(results, key=lambda result: result["index"])]
-
-    return score
+def predictions(results: list[dict]) -> list[int]:
+    return [result["prediction_norm"] for result in sorted(results, key=lambda result: result["index"])]
 
 
-def repeated_scorer(model, tokenizer, rows: list[Row], batch_size: int | None) -> Callable[[], list[int]]:
-    """What a training loop does every N steps: the items were tokenised once, before."""
+def all_ways(model, tokenizer, rows: list[Row], lm_eval_batch_sizes: list[int]) -> dict[str, Scorer]:
+    def ours(style: str, **options) -> Scorer:
+        return lambda: predictions(score_task(model, tokenizer, "hellaswag", items=rows, style=style, **options))
+
+    # What a training loop does every N steps: the items were tokenised once, before.
     items = [render(row, "hellaswag", "completion") for row in rows]
     encoded = encode(items, tokenizer, max_length=model.config.n_positions)
-
-    def score() -> list[int]:
-        results = score_items(model, encoded, batch_size=batch_size)
-        return [result["prediction_norm"] for result in sorted(results, key=lambda result: result["index"])]
-
-    return score
-
-
-def measure(ways: dict[str, Callable[[], list[int]]], *, rounds: int, device: torch.device) -> tuple[dict, dict]:
-    """Median seconds of every way (clock, processor), taking turns after a warm-up; and its predictions."""
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    predictions = {}
-    for turn in range(rounds + 1):
-        for name, score in ways.items():
-            clock, processor = time.perf_counter(), time.process_time()
-            predictions[name] = score()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn > 0:
-                seconds[name].append((time.perf_counter() - clock, time.process_time() - processor))
-    medians = {name: tuple(map(median, zip(*values, strict=True))) for name, values in seconds.items()}
-    return medians, predictions
+    ways = {
+        "ours, completion": ours("completion"),
+        "ours, completion, tokenised before": lambda: predictions(score_items(model, encoded)),
+        "ours, completion, context not shared": ours("completion", share_prefix=False),
+        "one item at a time": partial(one_item_at_a_time, model, tokenizer, rows),
+        "ours, harness": ours("harness"),
+    }
+    for size in lm_eval_batch_sizes:
+        ways[f"lm-eval, batch size {size}"] = lm_eval_scorer(model, tokenizer, rows, size)
+    return ways
 
 
-def take_items(path: str, count: int) -> list[Row]:
-    """`count` items spread over the file, the whole file again where it has fewer."""
-    rows = read_rows("hellaswag", data=path)
-    if count <= len(rows):
-        return [rows[index * len(rows) // count] for index in range(count)]
-    return [rows[index % len(rows)] for index in range(count)]
+def compare(seconds: dict[str, Seconds], predicted: dict[str, list[int]]) -> dict[str, dict[str, float]]:
+    """How many times as fast ours is, in the rival's style, as one item at a time and as lm-eval at its best."""
+    rivals = {"one item at a time": "ours, completion"}
+    lm_eval = [name for name in seconds if name.startswith("lm-eval")]
+    if lm_eval:
+        rivals[min(lm_eval, key=lambda name: seconds[name].clock)] = "ours, harness"
+    ratios = {}
+    print_row("ours is faster than", "times", "by processor", "predicts the same")
+    for name, own in rivals.items():
+        ratios[name] = {what: getattr(seconds[name], what) / getattr(seconds[own], what) for what in Seconds._fields}
+        same = sum(a == b for a, b in zip(predicted[name], predicted[own], strict=True))
+        print_row(name, *(f"{ratio:.2f}" for ratio in ratios[name].values()), f"{same} of {len(predicted[own])}")
+    return ratios
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--data", required=True, help="HellaSwag items as JSONL")
     parser.add_argument("--tokenizer", required=True, help="folder or Hub id of GPT-2's tokenizer")
     parser.add_argument("--model", default="gpt2", choices=list(NAMED_SHAPES), help="shape of the random weights")
@@ -122,60 +113,26 @@ def main() -> None:
     parser.add_argument("--tf32", action="store_true", help="TensorFloat32 matmuls on a GPU")
     parser.add_argument("--items", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, help="ours, in items (default: as many as fill a forward)")
     parser.add_argument("--lm-eval-batch-sizes", type=int, nargs="*", default=[1, 4, 16, 64], help="in choices")
-    parser.add_argument("--json", help="write the figures to this file")
     arguments = parser.parse_args()
     if arguments.tf32:
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
-    shape = NAMED_SHAPES[arguments.model]
-    device = torch.device(arguments.device)
-    model = GPT2ReproForCausalLM(GPT2ReproConfig(**shape)).to(device, getattr(torch, arguments.dtype)).eval()
+    model = GPT2ReproForCausalLM(GPT2ReproConfig(**NAMED_SHAPES[arguments.model])).eval()
+    model.to(arguments.device, getattr(torch, arguments.dtype))
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    rows = take_items(arguments.data, arguments.items)
-    batch_size = arguments.batch_size
-    ways = {
-        "ours, completion": own_scorer(model, tokenizer, rows, "completion", batch_size),
-        "ours, completion, tokenised before": repeated_scorer(model, tokenizer, rows, batch_size),
-        "ours, completion, context not shared": own_scorer(
-            model, tokenizer, rows, "completion", batch_size, share_prefix=False
-        ),
-        "one item at a time": lambda: one_item_at_a_time(model, tokenizer, rows),
-        "ours, harness": own_scorer(model, tokenizer, rows, "harness", batch_size),
-        **{
-            f"lm-eval, batch size {size}": lm_eval_scorer(model, tokenizer, rows, size)
-            for size in arguments.lm_eval_batch_sizes
-        },
-    }
-    seconds, predictions = measure(ways, rounds=arguments.rounds, device=device)
-    report(seconds, predictions, rows, arguments)
-
-
-def report(seconds: dict, predictions: dict, rows: list[Row], arguments: argparse.Namespace) -> None:
-    print(f"{'way':38} {'seconds':>9} {'items/s':>9} {'processor s':>12}")
+    found, count = read_rows("hellaswag", data=arguments.data), arguments.items
+    rows = [found[index * len(found) // count] for index in range(count)]  # spread over the file, or over and over
+    ways = all_ways(model, tokenizer, rows, arguments.lm_eval_batch_sizes)
+    timings, predicted = time_in_turns(ways, rounds=arguments.rounds, warmup=1)
+    seconds = {name: Seconds(*map(median, zip(*values, strict=True))) for name, values in timings.items()}
+    print_row("way", "seconds", "items/s", "processor s")
     for name, (clock, processor) in seconds.items():
-        print(f"{name:38} {clock:9.3f} {len(rows) / clock:9.2f} {processor:12.3f}")
-    rivals = {"one item at a time": "completion"}
-    lm_eval = [name for name in seconds if name.startswith("lm-eval")]
-    if lm_eval:
-        rivals[min(lm_eval, key=lambda name: seconds[name][0])] = "harness"
-    ratios = {}
-    for name, style in rivals.items():
-        own = f"ours, {style}"
-        clock, processor = (theirs / mine for theirs, mine in zip(seconds[name], seconds[own], strict=True))
-        ratios[name] = {"clock": clock, "processor": processor}
-        same = sum(a == b for a, b in zip(predictions[name], predictions[own], strict=True))
-        print(
-            f"{clock:.2f} times as fast as {name} ({processor:.2f} in processor time); "
-            f"{same} of {len(rows)} predictions (acc_norm) are equal"
-        )
+        print_row(name, f"{clock:.3f}", f"{len(rows) / clock:.2f}", f"{processor:.3f}")
+    ratios = compare(seconds, predicted)
     settings = {key: value for key, value in vars(arguments).items() if key not in ("data", "tokenizer", "json")}
-    figures = {"seconds": seconds, "ratios": ratios, "settings": settings,
-               "machine": machine(torch.device(arguments.device))}  # fmt: skip
-    print(json.dumps(figures))
-    if arguments.json:
-        write_json(arguments.json, figures)
+    finish({"seconds": seconds, "ratios": ratios, "settings": settings, "machine": machine(arguments.device)},
+           arguments.json)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -13,11 +13,8 @@ newer one), and the next start must go on from it. After every run the last mode
 and all logged losses must be those of the unbroken run, bit for bit. Anything lost or different is exit code 1.
 """
 
-import argparse
 import contextlib
-import json
 import os
-import platform
 import random
 import shutil
 import subprocess
@@ -27,11 +24,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from hashlib import file_digest
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 
+from benchmarks.measuring import command_line, finish, machine, print_row
+from eval.loading import run_command
 from gpt2repro.data.prepare import prepare
 from gpt2repro.training.checkpoints import RECORD, verify_checkpoint
 from gpt2repro.training.metrics import read_metrics
@@ -73,24 +71,20 @@ class Campaign:
 class Run:
     """One run in `folder`, started over and over."""
 
-    def __init__(self, folder: Path, dataset: Path, *, max_steps: int, dropout: float) -> None:
+    def __init__(self, folder: Path, **fields) -> None:
         self.folder = folder
         self.log = folder.with_suffix(".log")
-        fields = {**RECIPE, "dataset_dir": dataset, "output_dir": folder, "max_steps": max_steps, "dropout": dropout}
-        self.flags = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+        recipe = {**RECIPE, "output_dir": folder, **fields}
+        self.flags = [word for name, value in recipe.items() for word in (f"--{name}", str(value))]
         self.seen: set[str] = set()
 
     def start(self, processes: int) -> subprocess.Popen:
-        command = [sys.executable]
-        if processes > 1:
-            config = ROOT / "accelerate_configs" / "cpu_2proc.yaml"
-            command += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes",
-                        str(processes), "--main_process_port", "0"]  # fmt: skip
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu_2proc.yaml",
+                    "--num_processes", str(processes), "--main_process_port", "0"]  # fmt: skip
+        command = [sys.executable, *(launcher if processes > 1 else []), "train_accelerate.py", *self.flags]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
         with self.log.open("w") as log:
-            return subprocess.Popen(
-                [*command, str(ROOT / "train_accelerate.py"), *self.flags], stdout=log, stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"},
-            )  # fmt: skip
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
 
     def complete(self) -> list[str]:
         """The names of the complete checkpoints, oldest first."""
@@ -143,21 +137,19 @@ def reach_moment(run: Run, process: subprocess.Popen, draw: random.Random) -> bo
     return True
 
 
-def kill(run: Run, process: subprocess.Popen, campaign: Campaign, draw: random.Random) -> None:
+def kill(process: subprocess.Popen, campaign: Campaign, draw: random.Random) -> None:
     """SIGKILL to every process of the run, or to one rank alone; returns when all have ended."""
-    try:
-        ranks = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        ranks = []
+    launcher = psutil.Process(process.pid)  # be it as a zombie: nobody has waited for it yet
+    ranks = launcher.children(recursive=True)
     one_rank = len(ranks) == 2 and draw.random() < 0.25
-    everyone = [*ranks, psutil.Process(process.pid)]
-    for victim in [draw.choice(ranks)] if one_rank else everyone:
+    for victim in [draw.choice(ranks)] if one_rank else [*ranks, launcher]:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.kill()
     began = time.monotonic()
     process.wait(timeout=TEARDOWN_SECONDS)
-    psutil.wait_procs(ranks, timeout=TEARDOWN_SECONDS)
-    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+    _, alive = psutil.wait_procs(ranks, timeout=TEARDOWN_SECONDS)
+    assert not [rank for rank in alive if rank.status() != psutil.STATUS_ZOMBIE]
+    campaign.kills += 1
     if one_rank:
         campaign.kills_of_one_rank += 1
         campaign.slowest_teardown_seconds = max(campaign.slowest_teardown_seconds, time.monotonic() - began)
@@ -185,17 +177,15 @@ def until_it_ends(run: Run, campaign: Campaign, kills: int, draw: random.Random)
         process = run.start(draw.choice(campaign.processes))
         campaign.starts += 1
         if campaign.kills < kills and reach_moment(run, process, draw):
-            kill(run, process, campaign, draw)
-            campaign.kills += 1
-            campaign.kills_inside_a_save += run.saving()
+            kill(process, campaign, draw)
             output = run.output()
             began = IN_THE_LOOP in output
+            campaign.kills_inside_a_save += run.saving()
             campaign.kills_before_the_loop += not began
         else:
-            process.wait()
-            output, began = run.output(), True
-            if process.returncode:
-                raise RuntimeError(f"{run.folder} ended with exit code {process.returncode}:\n{output}")
+            code, output, began = process.wait(), run.output(), True
+            if code:
+                raise RuntimeError(f"{run.folder} ended with exit code {code}:\n{output}")
         look_for_losses(run, campaign)
         if began and resume_from and f"resumed from {(run.folder / resume_from).resolve()}" not in output:
             campaign.lost.append(f"{run.folder.name}: {resume_from} was there, and the next start passed it over")
@@ -205,14 +195,32 @@ def until_it_ends(run: Run, campaign: Campaign, kills: int, draw: random.Random)
             return
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fault_injection", description=__doc__.splitlines()[0])
+def run_campaign(
+    campaign: Campaign, kills: int, *, folder: Path, dataset: Path, max_steps: int, draw: random.Random
+) -> None:
+    """An unbroken run, then runs that are killed until all `kills` are spent, each compared with it."""
+    folder.mkdir()
+    settings = {"dataset_dir": dataset, "max_steps": max_steps, "dropout": campaign.dropout}
+    unbroken = Run(folder / "unbroken", **settings)
+    until_it_ends(unbroken, Campaign(campaign.processes[:1]), 0, draw)
+    expected = unbroken.fingerprint()
+    while campaign.kills < kills:
+        run = Run(folder / f"{campaign.runs:03}", **settings)
+        until_it_ends(run, campaign, kills, draw)
+        found = run.fingerprint()
+        different = [what for what in expected | found if found.get(what) != expected.get(what)]
+        campaign.mismatches += [f"{run.folder}: {what}" for what in different]
+        print(f"{campaign.processes}: {campaign.kills} of {kills} kills", file=sys.stderr, flush=True)
+        shutil.rmtree(run.folder)
+
+
+def main() -> None:
+    parser = command_line(__doc__)
     parser.add_argument("--kills", type=int, default=200, help="over all campaigns (default: 200)")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], choices=[1, 2])
     parser.add_argument("--max-steps", type=int, default=400, help="of a run (default: 400)")
     parser.add_argument("--dataset", type=Path, help="a prepared dataset (default: Python's documentation)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     began, draw = time.monotonic(), random.Random(options.seed)
     campaigns = [Campaign([processes]) for processes in options.processes]
@@ -222,55 +230,27 @@ def main() -> int:
         folder = Path(name)
         dataset = options.dataset or prepare(source="python-docs", tokenizer="train:512", out=folder / "python-docs")
         for index, campaign in enumerate(campaigns):
-            settings = {"max_steps": options.max_steps, "dropout": campaign.dropout}
-            unbroken = Run(folder / f"{index}-unbroken", dataset, **settings)
-            until_it_ends(unbroken, Campaign(campaign.processes[:1]), 0, draw)
-            expected = unbroken.fingerprint()
             kills = options.kills * (index + 1) // len(campaigns) - options.kills * index // len(campaigns)
-            while campaign.kills < kills:
-                run = Run(folder / f"{index}-{campaign.runs:03}", dataset, **settings)
-                until_it_ends(run, campaign, kills, draw)
-                found = run.fingerprint()
-                different = [what for what in expected | found if found.get(what) != expected.get(what)]
-                campaign.mismatches += [f"{run.folder.name}: {what}" for what in different]
-                print(f"{campaign.processes}: {campaign.kills} of {kills} kills", file=sys.stderr, flush=True)
-                shutil.rmtree(run.folder)
-    report(campaigns, options, seconds=time.monotonic() - began)
-    return int(any(campaign.lost or campaign.mismatches for campaign in campaigns))
-
-
-def report(campaigns: list[Campaign], options: argparse.Namespace, *, seconds: float) -> None:
-    columns = {
-        "processes": lambda c: " or ".join(map(str, c.processes)),
-        "kills": lambda c: c.kills,
-        "in a save": lambda c: c.kills_inside_a_save,
-        "before the loop": lambda c: c.kills_before_the_loop,
-        "of one rank": lambda c: c.kills_of_one_rank,
-        "checkpoints": lambda c: c.checkpoints_seen,
-        "lost": lambda c: len(c.lost),
-        "runs": lambda c: c.runs,
-        "mismatches": lambda c: len(c.mismatches),
-    }
-    print("  ".join(columns))
-    for campaign in campaigns:
-        print("  ".join(f"{value(campaign):>{len(name)}}" for name, value in columns.items()))
-        print(*campaign.lost, *campaign.mismatches, sep="\n", end="\n" if campaign.lost or campaign.mismatches else "")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    machine = {
-        "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores",
-        "commit": commit.stdout.strip(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "transformers", "accelerate", "safetensors")},
-    }
+            settings = {"dataset": dataset, "max_steps": options.max_steps, "draw": draw}
+            run_campaign(campaign, kills, folder=folder / str(index), **settings)
+    report(campaigns)
     settings = {"kills": options.kills, "max_steps": options.max_steps, "seed": options.seed, "recipe": RECIPE}
-    figures = {
-        "seconds": round(seconds), "campaigns": [asdict(campaign) for campaign in campaigns], "settings": settings,
-        "machine": machine,
-    }  # fmt: skip
-    print(f"{seconds:,.0f} seconds")
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    figures = {"seconds": round(time.monotonic() - began), "campaigns": [asdict(campaign) for campaign in campaigns]}
+    finish({**figures, "settings": settings, "machine": machine()}, options.json)
+    if any(campaign.lost or campaign.mismatches for campaign in campaigns):
+        raise SystemExit(1)
+
+
+def report(campaigns: list[Campaign]) -> None:
+    """A column for each campaign, a row for each fact; then what was lost or differs."""
+    for name in asdict(campaigns[0]):
+        values = [getattr(campaign, name) for campaign in campaigns]
+        shown = [len(value) if name in ("lost", "mismatches") else value for value in values]
+        print_row(name.replace("_", " "), *map(str, shown))
+    for campaign in campaigns:
+        for problem in campaign.lost + campaign.mismatches:
+            print(problem)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -17,6 +17,7 @@ A prepared dataset (--dataset) makes a short real training run one of the parts;
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.training_step import machine
+from benchmarks.measuring import machine
 from eval.loading import run_command, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,75 +36,59 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Part:
-    """A command and the most minutes it may take; the last line it prints is JSON where it has figures."""
+    """What Python runs and the most minutes it may take; the last line it prints is JSON where it has figures."""
 
     name: str
-    command: list[str]
     minutes: float
+    command: str  # what comes after `python`
 
 
-def parts(arguments: argparse.Namespace, out: Path) -> list[Part]:
+def parts(arguments: argparse.Namespace, run_dir: Path, png: Path) -> list[Part]:
     """What runs, in the order of what would be missed most if time ran out."""
-    tiny, cuda = arguments.tiny, torch.cuda.is_available()
-    device = ["--device", "cuda" if cuda else "cpu"]
-    shape = ["--model-shape", "demo" if tiny else "gpt2", *device]
-    full = ["--batch-size", "2" if tiny else "64", "--seq-len", "64" if tiny else "1024", *shape]
-    quarter = ["--batch-size", "2" if tiny else "16", "--seq-len", "64" if tiny else "1024", *shape]
-    few, many = ["--rounds", "2"], ["--rounds", "2" if tiny else "10"]
-    decode = ["--batch-sizes", "1", "2", "--new-tokens", "8"] if tiny else []
-
-    def module(name: str, *words: str) -> list[str]:
-        return [sys.executable, "-m", f"benchmarks.{name}", *words]
-
-    def throughput(*words: str) -> list[str]:
-        return module("train_throughput", "--memory", *words)
-
+    cuda, quoted = torch.cuda.is_available(), shlex.quote
+    device = "--device cuda" if cuda else "--device cpu"
+    if arguments.tiny:
+        shape, few, many, decode, items = f"--model-shape demo {device}", 2, 2, "--batch-sizes 1 2 --new-tokens 8", 8
+        full = quarter = f"--batch-size 2 --seq-len 64 {shape}"
+        fields = "--model demo --seq_len 64 --micro_batch_size 2 --global_batch_tokens 256 --eval_tokens 512"
+        steps = "--max_steps 8 --warmup_steps 2 --eval_every 4 --save_every 4"
+    else:
+        shape, few, many, decode, items = f"--model-shape gpt2 {device}", 2, 10, "", 2000
+        full, quarter = (f"--batch-size {size} --seq-len 1024 {shape}" for size in (64, 16))
+        fields = "--model gpt2 --seq_len 1024 --micro_batch_size 64 --global_batch_tokens 524288 --eval_tokens 262144"
+        steps = "--max_steps 30 --warmup_steps 10 --eval_every 15 --save_every 15"
+    throughput = "-m benchmarks.train_throughput --memory"
+    modes = "ours-chunked ours-flash ours-cudnn ours-max-autotune"
     found = [
-        Part("checks", [sys.executable, "-m", "pytest", "-q", "tests/benchmarks/test_step.py"], 2),
-        Part("throughput", throughput(*full, *many, "--variants", "ours", "ours-chunked", "stock", "stock-eager"), 3),
-        Part("ladder", module("ladder", *quarter, *many, "--png", str(out / "ladder.png")), 3),
-        Part("recompute", throughput(*full, *few, "--variants", "ours-recompute"), 1),
-        Part("memory-16", throughput(*quarter, *few, "--variants", "ours-chunked"), 1),
-        Part("generation", module("generation", *shape, *few, *decode), 2.5),
+        Part("checks", 2, "-m pytest -q tests/benchmarks/test_step.py"),
+        Part("throughput", 3, f"{throughput} {full} --rounds {many} --variants ours ours-chunked stock stock-eager"),
+        Part("ladder", 3, f"-m benchmarks.ladder {quarter} --rounds {many} --png {quoted(str(png))}"),
+        Part("recompute", 1, f"{throughput} {full} --rounds {few} --variants ours-recompute"),
+        Part("memory-16", 1, f"{throughput} {quarter} --rounds {few} --variants ours-chunked"),
+        Part("generation", 2.5, f"-m benchmarks.generation {shape} --rounds {few} {decode}"),
     ]
     if arguments.dataset:
-        found.append(Part("training", training_run(arguments, out), 2))
+        folders = f"--dataset_dir {quoted(arguments.dataset)} --output_dir {quoted(str(run_dir))}"
+        rest = "--sample_every 0 --profile_steps 2"
+        found.append(Part("training", 2, f"-m train_accelerate {folders} {fields} {steps} {rest}"))
     if arguments.hellaswag:
-        words = ["--data", arguments.hellaswag, "--tokenizer", arguments.tokenizer or "gpt2", *device, "--rounds", "1"]
-        words += ["--dtype", "bfloat16", "--items", "8" if tiny else "2000", "--lm-eval-batch-sizes"]
-        found.append(Part("hellaswag", module("eval_throughput", *words), 1.5))
+        data = f"--data {quoted(arguments.hellaswag)} --tokenizer {quoted(arguments.tokenizer)} --items {items}"
+        settings = f"{device} --rounds 1 --dtype bfloat16 --lm-eval-batch-sizes"
+        found.append(Part("hellaswag", 1.5, f"-m benchmarks.eval_throughput {data} {settings}"))
     if cuda:
-        modes = ["ours-chunked", "ours-flash", "ours-cudnn", "ours-max-autotune"]
-        found.append(Part("modes", throughput(*full, *many, "--variants", *modes), 4))
+        found.append(Part("modes", 4, f"{throughput} {full} --rounds {many} --variants {modes}"))
     return found
-
-
-def training_run(arguments: argparse.Namespace, out: Path) -> list[str]:
-    """A short real run on prepared shards, profiled; `main` keeps its metrics as training.jsonl."""
-    run_dir = out / ".run"
-    sizes = (64, 2, 8, 256, 2, 4) if arguments.tiny else (1024, 64, 30, 524288, 10, 15)
-    seq_len, micro_batch_size, max_steps, global_batch_tokens, warmup_steps, every = sizes
-    fields = {
-        "output_dir": run_dir, "dataset_dir": arguments.dataset, "model": "demo" if arguments.tiny else "gpt2",
-        "seq_len": seq_len, "micro_batch_size": micro_batch_size, "max_steps": max_steps,
-        "global_batch_tokens": global_batch_tokens, "warmup_steps": warmup_steps, "eval_every": every,
-        "eval_tokens": 4 * micro_batch_size * seq_len, "sample_every": 0, "save_every": every, "profile_steps": 2,
-    }  # fmt: skip
-    words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, "train_accelerate.py", *words]
 
 
 def run_part(part: Part, log_path: Path, *, seconds: float) -> dict:
     """Run one part for at most `seconds`; how it ended, and its figures."""
     began = time.perf_counter()
     with log_path.open("a+", encoding="utf-8") as log:
-        log.write(f"\n==== {part.name}\n")
-        log.flush()
+        print(f"\n==== {part.name}", file=log, flush=True)
         start = log.seek(0, os.SEEK_END)
         # A session of its own, so that cutting it off takes its compile workers along.
-        process = subprocess.Popen(
-            part.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        command = [sys.executable, *shlex.split(part.command)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code = process.wait(seconds)
             ended = "done" if code == 0 else f"exit code {code}"
@@ -124,28 +109,24 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: shows that the suite works, measures nothing")
     parser.add_argument("--dataset", help="prepared dataset for a short real run")
     parser.add_argument("--hellaswag", help="HellaSwag items as JSONL, to time the scorer")
-    parser.add_argument("--tokenizer", help="folder with GPT-2's tokenizer, for --hellaswag")
-    parser.add_argument("--only", nargs="+", help="names of the parts to run")
+    parser.add_argument("--tokenizer", default="gpt2", help="folder with GPT-2's tokenizer, for --hellaswag")
     arguments = parser.parse_args()
     out = Path(arguments.output)
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.perf_counter() + 60 * arguments.minutes
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figures: dict = {"benchmark": "gpu_suite", "tiny": arguments.tiny, "machine": machine(device), "parts": []}
-    log_path = out / "suite.log"
+    log_path, run_dir = out / "suite.log", out / ".run"
     log_path.write_text("", encoding="utf-8")
-    for part in parts(arguments, out):
-        if arguments.only and part.name not in arguments.only:
-            continue
+    for part in parts(arguments, run_dir, out / "ladder.png"):
         left = deadline - time.perf_counter()
         if left > 5:
             ended = run_part(part, log_path, seconds=left if arguments.tiny else min(left, 60 * part.minutes))
         else:
             ended = {"part": part.name, "seconds": 0.0, "ended": "no time left", "figures": None}
-        if (out / ".run").exists():
-            if (out / ".run" / "metrics.jsonl").exists():
-                shutil.copy(out / ".run" / "metrics.jsonl", out / "training.jsonl")
-            shutil.rmtree(out / ".run")
+        if (run_dir / "metrics.jsonl").exists():
+            shutil.copy(run_dir / "metrics.jsonl", out / "training.jsonl")
+        shutil.rmtree(run_dir, ignore_errors=True)
         print(f"{ended['part']:12} {ended['seconds']:6.1f} s  {ended['ended']}", flush=True)
         figures["parts"].append(ended)
         write_json(out / "suite.json", figures)  # after every part: a machine that goes away leaves what it had

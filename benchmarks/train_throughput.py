@@ -11,22 +11,13 @@ and one JSON line after it.
 import argparse
 import gc
 import itertools
-import json
+from dataclasses import replace
 
 import torch
 
-from benchmarks.training_step import (
-    Variant,
-    add_step_arguments,
-    machine,
-    make_step,
-    resolve_sizes,
-    speed,
-    spread,
-    step_memory,
-    time_in_turns,
-)
-from eval.loading import run_command, write_json
+from benchmarks.measuring import Seconds, finish, machine, print_row, spread, time_in_turns
+from benchmarks.training_step import HEAD, Step, Variant, cells, resolve_sizes, step_command_line
+from eval.loading import run_command
 
 VARIANTS = {
     "ours": Variant(),
@@ -43,77 +34,60 @@ VARIANTS = {
 DEFAULT = ("ours", "ours-chunked", "stock", "stock-eager")
 
 
-def compare(arguments: argparse.Namespace) -> dict:
-    """Speed of every variant, the ratios of ours to the rivals by round, and memory where it is asked for."""
-    device, shape, batch_size, seq_len = resolve_sizes(arguments)
-    steps = {
-        name: make_step(
-            Variant(**{**vars(VARIANTS[name]), "precision": arguments.precision}),
-            shape=shape, batch_size=batch_size, seq_len=seq_len, device=device,
-        )
-        for name in arguments.variants
-    }  # fmt: skip
-    seconds = None
-    while seconds is None:
+def time_what_fits(steps: dict[str, Step], *, rounds: int) -> dict[str, list[Seconds]]:
+    """The timings of all steps; where the memory is used up the last ones are left out, down to the first."""
+    while True:
         try:
-            seconds = time_in_turns(steps, rounds=arguments.rounds)
+            return time_in_turns(steps, rounds=rounds)[0]
         except torch.OutOfMemoryError:
             if len(steps) == 1:
                 raise
             print(f"{steps.popitem()[0]}: left out, the memory is used up")
-            gc.collect()
-            torch.cuda.empty_cache()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def compare(arguments: argparse.Namespace) -> dict:
+    """Speed of every variant, the ratios of ours to the rivals by round, and memory where it is asked for."""
+    sizes = resolve_sizes(arguments)
+    asked = {name: replace(VARIANTS[name], precision=arguments.precision) for name in arguments.variants}
+    steps = {name: Step(variant, sizes) for name, variant in asked.items()}
+    seconds = time_what_fits(steps, rounds=arguments.rounds)
     variants = {}
     for name, values in seconds.items():
         clocks, processors = zip(*values, strict=True)
-        median = spread(clocks)["median"]
-        variants[name] = speed(median, shape=shape, tokens=batch_size * seq_len, seq_len=seq_len, device=device)
+        variants[name] = steps[name].speed(spread(clocks)["median"])
         variants[name] |= {"clock_seconds": clocks, "processor_seconds": processors}
-        if arguments.memory:
-            variants[name] |= {f"{key}_bytes": value for key, value in step_memory(steps[name], device).items()}
+        variants[name] |= steps[name].memory() if arguments.memory else {}
     ratios = {
         f"{ours} / {rival}": {
             measure: spread([theirs[i] / mine[i] for mine, theirs in zip(seconds[ours], seconds[rival], strict=True)])
-            for i, measure in enumerate(("clock", "processor"))
+            for i, measure in enumerate(Seconds._fields)
         }
         for ours, rival in itertools.permutations(seconds, 2)
         if ours.startswith("ours") and (rival.startswith("stock") or rival == "ours")
     }
-    settings = {"batch_size": batch_size, "seq_len": seq_len, "precision": arguments.precision,
+    settings = {"batch_size": sizes.batch_size, "seq_len": sizes.seq_len, "precision": arguments.precision,
                 "model_shape": arguments.model_shape, "rounds": arguments.rounds}  # fmt: skip
     return {"benchmark": "train_throughput", "settings": settings, "variants": variants, "ratios": ratios,
-            "machine": machine(device)}  # fmt: skip
-
-
-def report(figures: dict) -> None:
-    """The table for people, the JSON line for machines."""
-    print(f"{'variant':20} {'ms/step':>9} {'tokens/s':>10} {'TFLOP/s':>8} {'MFU':>8} {'memory of a step':>17}")
-    for name, row in figures["variants"].items():
-        mfu = row["mfu"] if isinstance(row["mfu"], str) else f"{row['mfu']:.1%}"
-        memory = f"{row['above_state_bytes'] / 1e6:,.0f} MB" if "above_state_bytes" in row else ""
-        print(
-            f"{name:20} {row['ms']:9.1f} {row['tokens_per_second']:10,.0f} {row['tflops']:8.2f} {mfu:>8} {memory:>17}"
-        )
-    for name, ratio in figures["ratios"].items():
-        clock = ratio["clock"]
-        print(
-            f"{name:32} {clock['median']:.3f} times as fast (quartiles {clock['q1']:.3f} to {clock['q3']:.3f}), "
-            f"{ratio['processor']['median']:.3f} by processor time"
-        )
-    print(json.dumps(figures))
+            "machine": machine(sizes.device)}  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_step_arguments(parser)
+    parser = step_command_line(__doc__)
     parser.add_argument("--precision", default="bf16", choices=["bf16", "tf32", "fp32"])
     parser.add_argument("--variants", nargs="+", default=list(DEFAULT), choices=list(VARIANTS))
     parser.add_argument("--memory", action="store_true", help="also measure the memory of a step")
     arguments = parser.parse_args()
     figures = compare(arguments)
-    report(figures)
-    if arguments.json:
-        write_json(arguments.json, figures)
+    print_row("variant", *HEAD)
+    for name, row in figures["variants"].items():
+        print_row(name, *cells(row))
+    print_row("times as fast, by neighbouring steps", "median", "quartile", "quartile", "by processor")
+    for name, ratio in figures["ratios"].items():
+        shown = [*(ratio["clock"][key] for key in ("median", "q1", "q3")), ratio["processor"]["median"]]
+        print_row(name, *(f"{value:.3f}" for value in shown))
+    finish(figures, arguments.json)
 
 
 if __name__ == "__main__":
