@@ -172,6 +172,35 @@ def test_a_full_disk_keeps_finished_shards_and_the_same_command_goes_on(
     assert folder_digests(out) == folder_digests(unbroken)
 
 
+def test_a_killed_worker_is_an_error_that_says_how_to_go_on(
+    unbroken: Path, large_options: list[str], tmp_path: Path, folder_digests: Digests
+) -> None:
+    options = [*large_options, "--out", str(tmp_path / "out"), "--workers", "2"]
+    process = subprocess.Popen(command(*options), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    workers: list[psutil.Process] = []
+    while not workers:
+        assert process.poll() is None
+        children = psutil.Process(process.pid).children()
+        workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        time.sleep(0.005)
+    workers[0].kill()
+    _, printed = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert "error: preparing" in printed and "fewer --workers" in printed and "Traceback" not in printed
+    assert main(options) == 0
+    assert folder_digests(tmp_path / "out") == folder_digests(unbroken)
+
+
+def test_what_an_older_version_began_is_refused_with_what_to_do(
+    large_options: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / ".preparing").mkdir()
+    state = {"settings": {}, "progress": {"position": None, "ordinal": 0}, "documents": {}, "shards": {}}
+    (tmp_path / ".preparing" / "state.json").write_text(json.dumps(state))
+    assert main([*large_options, "--out", str(tmp_path)]) == 1
+    assert "state.json is broken, or too old" in capsys.readouterr().err
+
+
 def test_a_disk_too_small_is_refused_ahead(tmp_path: Path, dataset_folder: Path, capsys: Capture) -> None:
     sparse = tmp_path / "huge.jsonl"
     with open(sparse, "wb") as file:
