@@ -43,8 +43,15 @@ TINY = {
 }  # fmt: skip
 
 
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # so that bits compare
+    "ACCELERATE_USE_CPU": "true",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",  # seconds in which its ranks must end; 30 are few on a busy machine
+}
+
+
 class TrainScript:
-    """train_accelerate.py on the tiny dataset, in a process of its own, one thread each so that bits compare."""
+    """train_accelerate.py on the tiny dataset, in a process of its own."""
 
     def __init__(self, dataset: Path) -> None:
         self.dataset = dataset
@@ -65,7 +72,7 @@ class TrainScript:
         command = [sys.executable, *(["-m", *launcher] if launcher else []), str(script)]
         return subprocess.Popen(
             [*command, *self.flags(output_dir, **fields)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(env or {})},
+            env={**os.environ, **ENVIRONMENT, **(env or {})},
         )  # fmt: skip
 
     def start_held(self, output_dir: Path, place: str, *, processes: int = 1, **settings) -> subprocess.Popen:
@@ -96,7 +103,7 @@ class TrainScript:
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen) -> None:
     """Return when `condition` holds, which must come while the process lives."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while True:
         over = process.poll() is not None or time.monotonic() > deadline
         if condition():

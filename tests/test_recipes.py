@@ -21,7 +21,7 @@ from gpt2repro.cli import parse_recipe
 from gpt2repro.training.arguments import Recipe
 from gpt2repro.training.metrics import PEAK_FLOPS, flops_per_token
 from modeling_gpt2repro import GPT2ReproForCausalLM
-from tests.conftest import ROOT, end, train_rows, wait_until
+from tests.conftest import ENVIRONMENT, ROOT, end, train_rows, wait_until
 from train_accelerate import DEFAULT_RECIPE
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -166,7 +166,7 @@ def started(tiny_dataset, tmp_path_factory) -> Path:
     code = f"import train_accelerate\nassert [train_accelerate.main(c) for c in {commands!r}] == [0] * {len(commands)}"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, **ENVIRONMENT},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -218,7 +218,7 @@ def test_the_loop_passes_a_signal_on_and_does_not_start_again(tmp_path):
     command = f"trap 'exit 75' TERM; echo x >> {started}; for _ in $(seq 200); do sleep 0.1; done"
     process = subprocess.Popen([RUN, "bash", "-c", command])
     wait_until(started.exists, process)
-    time.sleep(0.3)  # so that run.sh, too, knows of the command that it started
+    time.sleep(1.0)  # so that run.sh, too, knows of the command that it started
     process.send_signal(signal.SIGTERM)
     end(process)
     assert process.returncode == 75

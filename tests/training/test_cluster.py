@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, end, wait_until
+from tests.conftest import ENVIRONMENT, ROOT, end, wait_until
 from tests.test_train import assert_same_bits
 
 SBATCH = ROOT / "accelerate_configs" / "slurm.sbatch"
-ENVIRONMENT = {
-    **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no",
+LAUNCHED = {
+    **os.environ, **ENVIRONMENT, "ACCELERATE_MIXED_PRECISION": "no",
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
 }  # fmt: skip
 
@@ -42,7 +42,7 @@ def test_two_launchers_give_what_one_gives_bitwise(unbroken_run, train_script, t
             subprocess.Popen(
                 [*command, "--machine_rank", rank, str(ROOT / "train_accelerate.py"),
                  *train_script.flags(tmp_path / "run")],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=LAUNCHED,
             )
             for rank in "01"
         ]  # fmt: skip
@@ -82,10 +82,10 @@ def test_the_slurm_script_saves_before_the_time_limit_requeues_itself_and_goes_o
         slurm = {
             "SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_NNODES": "2",
             "SLURM_GPUS_ON_NODE": "1", "STEP": str(tmp_path / f"step{number}"),
-            "PATH": f"{tmp_path / 'bin'}{os.pathsep}{ENVIRONMENT['PATH']}",
+            "PATH": f"{tmp_path / 'bin'}{os.pathsep}{LAUNCHED['PATH']}",
         }  # fmt: skip
         return subprocess.Popen(
-            ["bash", str(SBATCH), *train_script.flags(run_dir, **fields)], cwd=ROOT, env={**ENVIRONMENT, **slurm},
+            ["bash", str(SBATCH), *train_script.flags(run_dir, **fields)], cwd=ROOT, env={**LAUNCHED, **slurm},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 

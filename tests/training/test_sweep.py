@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from gpt2repro.training.sweep import grid, table
-from tests.conftest import ROOT, TINY, train_rows
+from tests.conftest import ENVIRONMENT, ROOT, TINY, train_rows
 
 VALUES = ("0.001", "0.003")
 
@@ -28,7 +28,7 @@ def sweep(tiny_dataset, tmp_path_factory):
                    "--output", str(folder / "out"), *extra]  # fmt: skip
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=1200,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+            env={**os.environ, **ENVIRONMENT},
         )  # fmt: skip
         assert done.returncode == exit_code, done.stdout + done.stderr
         return done.stdout + done.stderr
