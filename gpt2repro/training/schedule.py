@@ -43,11 +43,9 @@ def lr_at(step: int, recipe: Recipe) -> float:
 
 def draw_schedule(recipe: Recipe, png: str | Path, *, title: str = "") -> None:
     """Write the learning rate over all steps as a PNG; with Muon its matrices' as a second curve."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     panel = figure.subplots()
     steps = sorted({round(i * (recipe.max_steps - 1) / 2000) for i in range(2001)})
     rates = [lr_at(step, recipe) for step in steps]

@@ -101,11 +101,9 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def draw(results: list[dict[str, Any]], png: Path) -> None:
     """Validation loss over tokens: a colour a setting, a thin line a seed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     panel = figure.subplots()
     for index, result in enumerate(results):
         name = ", ".join(f"{field} {value}" for field, value in result["setting"].items())
