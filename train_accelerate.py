@@ -28,13 +28,12 @@ from transformers.utils import logging as transformers_logging
 from eval.multiple_choice import evaluate_tasks, prepare_task
 from eval.sample import sample
 from eval.validation import validation_loss
-from gpt2repro.checks import check_dataset, check_init_from, check_recipe, model_config
+from gpt2repro.checks import check_dataset, check_recipe, initial_model, model_config, preparation_command
 from gpt2repro.cli import UsageError, parse_recipe, write_recipe
 from gpt2repro.data.loader import TrainLoader, validation_batches, validation_tokens
 from gpt2repro.data.order import WindowOrder
 from gpt2repro.data.prepare import prepare
 from gpt2repro.data.shards import load_tokenizer, open_dataset, tokenizer_sha256
-from gpt2repro.hub.convert import load_as_gpt2repro
 from gpt2repro.hub.publish import PUSH_WAIT_SECONDS, BackgroundPush
 from gpt2repro.hub.upload import writable_repo
 from gpt2repro.training.arguments import Recipe
@@ -48,7 +47,6 @@ from gpt2repro.training.optimizer import make_optimizer
 from gpt2repro.training.profile import step_profiler
 from gpt2repro.training.run_folder import check_run_folder, write_run_record
 from gpt2repro.training.schedule import lr_at
-from modeling_gpt2repro import GPT2ReproForCausalLM
 
 DEFAULT_RECIPE = Path(__file__).with_name("recipes") / "demo.yaml"
 SECONDS_BETWEEN_LINES = 10.0
@@ -156,16 +154,7 @@ class Run:
     def build_model(self) -> None:
         """`raw`, the network; `model`, the same as Accelerate wraps it for several processes; the optimizer."""
         recipe = self.recipe
-        torch.manual_seed(recipe.seed)
-        if recipe.init_from:
-            raw = load_as_gpt2repro(recipe.init_from, vocab_size=self.config.vocab_size)
-        else:
-            raw = GPT2ReproForCausalLM(self.config)
-        check_init_from(recipe, raw, self.config)
-        raw.set_attn_implementation(recipe.attn_implementation)
-        raw.train().to(self.device)
-        if recipe.gradient_checkpointing:
-            raw.gradient_checkpointing_enable()
+        raw = initial_model(recipe, self.config).train().to(self.device)
         self.n_parameters = raw.num_parameters()
         self.record = check_run_folder(recipe, **self.facts())
         if self.compiled:
@@ -401,9 +390,9 @@ class Run:
             f"{self.world_size} processes x {self.loader.accumulation} micro steps x {recipe.micro_batch_size} "
             f"sequences x {recipe.seq_len} tokens\n"
             + memory_report(
-                recipe, self.config, n_parameters=self.n_parameters, bf16=precision == "bf16",
-                chunked_loss=self.loss_impl == "chunked", processes=self.world_size, sharded=self.sharded,
-                device=self.device,
+                recipe, self.config, self.device, processes=self.world_size, n_parameters=self.n_parameters,
+                bf16=precision == "bf16", chunked_loss=self.loss_impl == "chunked",
+                shards=self.world_size if self.sharded else 1,
             )
         )  # fmt: skip
 
@@ -422,8 +411,7 @@ def prepare_dataset(recipe: Recipe, *, world_size: int) -> None:
     if world_size > 1 and recipe.source not in ("python-docs", "files"):
         raise ValueError(
             f"{recipe.dataset_dir[0]} does not exist, and making it takes longer than processes wait for each other: "
-            f"python -m gpt2repro.data.prepare --source {recipe.source} --tokenizer {recipe.tokenizer} "
-            f"--out {recipe.dataset_dir[0]} --workers {os.cpu_count()}"
+            f"{preparation_command(recipe)} --workers {os.cpu_count()}"
         )
     print(f"preparing {recipe.dataset_dir[0]} from {recipe.source}")
     prepare(

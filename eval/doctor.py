@@ -9,7 +9,6 @@ of it stays. Exit codes: 0 every check passed, 1 one did not, or there was an er
 
 import argparse
 import math
-import shlex
 import shutil
 import sys
 import tempfile
@@ -25,12 +24,11 @@ from torch.nn.utils import clip_grad_norm_
 
 from configuration_gpt2repro import GPT2ReproConfig
 from eval.loading import run_command
-from gpt2repro.checks import check_dataset, check_init_from, check_recipe, model_config
+from gpt2repro.checks import check_dataset, check_recipe, initial_model, model_config, preparation_command
 from gpt2repro.cli import UsageError, parse_recipe
 from gpt2repro.data.loader import TrainLoader
 from gpt2repro.data.order import WindowOrder
 from gpt2repro.data.shards import Dataset, load_tokenizer, open_dataset, tokenizer_sha256
-from gpt2repro.hub.convert import load_as_gpt2repro
 from gpt2repro.training.arguments import Recipe
 from gpt2repro.training.checkpoints import load_checkpoint, save_checkpoint
 from gpt2repro.training.launch import compile_wanted, loss_form, start_accelerator
@@ -64,11 +62,7 @@ def prepared_dataset(recipe: Recipe) -> Dataset:
     """The recipe's dataset; ValueError with the whole command that makes it where it is missing."""
     folder = recipe.dataset_dir[0]
     if recipe.source and not Path(folder).exists():
-        words = ["python", "-m", "gpt2repro.data.prepare", "--source", recipe.source]
-        words += ["--files", *recipe.files] if recipe.files else []
-        words += ["--val-tokens", str(recipe.val_tokens)] if recipe.val_tokens else []
-        words += ["--tokenizer", str(recipe.tokenizer), "--out", folder]
-        raise ValueError(f"there is no dataset in {folder} to look into; make it first: {shlex.join(words)}")
+        raise ValueError(f"there is no dataset in {folder} to look into; make it first: {preparation_command(recipe)}")
     return open_dataset(list(recipe.dataset_dir), format=recipe.dataset_format, tokenizer=recipe.tokenizer)
 
 
@@ -263,14 +257,7 @@ def examine(
 
     accelerator = start_accelerator(recipe)
     device = accelerator.device
-    torch.manual_seed(recipe.seed)
-    if recipe.init_from:
-        model = load_as_gpt2repro(recipe.init_from, vocab_size=config.vocab_size)
-    else:
-        model = GPT2ReproForCausalLM(config)
-    check_init_from(recipe, model, config)
-    model.set_attn_implementation(recipe.attn_implementation)
-    model = accelerator.prepare(model.eval())  # the run's precision; without dropout
+    model = accelerator.prepare(initial_model(recipe, config).eval())  # the run's precision; without dropout
     n_parameters = model.num_parameters()
     yield check_learning_rate(recipe, n_parameters)
     if not recipe.init_from:
@@ -282,10 +269,8 @@ def examine(
     place = next(folder for folder in (output_dir, *output_dir.parents) if folder.is_dir())
     yield check_disk(recipe, n_parameters, free_bytes=shutil.disk_usage(place).free)
     parts = memory_estimate(
-        n_parameters=n_parameters, n_layer=config.n_layer, n_embd=config.n_embd, vocab_size=config.vocab_size,
-        tokens=recipe.micro_batch_size * recipe.seq_len, bf16=accelerator.mixed_precision == "bf16",
-        gradient_checkpointing=recipe.gradient_checkpointing, chunked_loss=loss_form(recipe, device) == "chunked",
-        shards=processes if sharded else 1,
+        recipe, config, n_parameters=n_parameters, bf16=accelerator.mixed_precision == "bf16",
+        chunked_loss=loss_form(recipe, device) == "chunked", shards=processes if sharded else 1,
     )  # fmt: skip
     need, usable = sum(parts.values()) / 1e9, USABLE * device_memory_bytes(device) / 1e9
     value = f"about {need:.1f} GB for micro batches of this size"

@@ -1,16 +1,19 @@
 """A recipe against what it meets: the shapes that there are, the dataset, the weights that it starts from."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import PreTrainedModel
 
 from configuration_gpt2repro import NAMED_SHAPES, GPT2ReproConfig
 from gpt2repro.data.shards import Dataset, tokenizer_sha256
 from gpt2repro.data.sources import was_made_from
+from gpt2repro.hub.convert import load_as_gpt2repro
 from gpt2repro.training.arguments import Recipe
+from modeling_gpt2repro import GPT2ReproForCausalLM
 
 
 def model_shape(recipe: Recipe) -> dict[str, Any] | None:
@@ -67,7 +70,33 @@ def check_dataset(recipe: Recipe, dataset: Dataset) -> None:
         raise ValueError(f"tokenizer is {wanted}, but {folder} has another one ({made_with or 'named'}): {advice}")
 
 
-def check_init_from(recipe: Recipe, model: PreTrainedModel, wanted: GPT2ReproConfig) -> None:
+def preparation_command(recipe: Recipe) -> str:
+    """What makes the recipe's dataset, to be typed into a shell."""
+    words = ["python", "-m", "gpt2repro.data.prepare", "--source", str(recipe.source)]
+    words += ["--files", *recipe.files] if recipe.files else []
+    words += ["--val-tokens", str(recipe.val_tokens)] if recipe.val_tokens else []
+    return shlex.join([*words, "--tokenizer", str(recipe.tokenizer), "--out", recipe.dataset_dir[0]])
+
+
+def initial_model(recipe: Recipe, config: GPT2ReproConfig) -> GPT2ReproForCausalLM:
+    """The network that a run begins with, fresh from the recipe's seed or with the weights of `init_from`.
+
+    Raises:
+        ValueError: weights that cannot be loaded, or are of another shape.
+    """
+    torch.manual_seed(recipe.seed)
+    if recipe.init_from:
+        model = load_as_gpt2repro(recipe.init_from, vocab_size=config.vocab_size)
+        check_init_from(recipe, model, config)
+    else:
+        model = GPT2ReproForCausalLM(config)
+    model.set_attn_implementation(recipe.attn_implementation)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def check_init_from(recipe: Recipe, model: GPT2ReproForCausalLM, wanted: GPT2ReproConfig) -> None:
     """Refuse weights of another shape than the recipe's, and give the model the recipe's dropout."""
     found = model.config
     names = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")

@@ -5,6 +5,7 @@ peak of the loss, the allocator's losses and what a compiler saves are not, so t
 """
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,55 +18,50 @@ USABLE = 0.9  # of the card; the rest is the CUDA context's and the allocator's
 
 
 def memory_estimate(
-    *, n_parameters: int, n_layer: int, n_embd: int, vocab_size: int, tokens: int, bf16: bool,
-    gradient_checkpointing: bool, chunked_loss: bool, muon: bool = False, shards: int = 1,
-) -> dict[str, int]:  # fmt: skip
-    """Bytes on one card by purpose, for micro batches of `tokens` = micro_batch_size * seq_len; `shards` of FSDP2.
+    recipe: Recipe, config: Any, *, n_parameters: int, bf16: bool, chunked_loss: bool, shards: int = 1
+) -> dict[str, int]:
+    """Bytes on one card by purpose, for the recipe's micro batches; `config` is the model's, `shards` are FSDP2's.
 
     Kept for the backward of a block, in bytes a token and channel, with bf16 autocast (fp32 in brackets): the residual
     stream before each LayerNorm 4 + 4 (4 + 4), the LayerNorms' outputs 2 + 2 (4 + 4), q, k, v 6 (12), attention's
     output 2 (4), the MLP's hidden layer before and after its GELU 8 + 8 (16 + 16). Recomputing keeps the first 4. What
     attention keeps of its weights where it is written out (bf16 on a CPU, up to 256 tokens) is not counted.
     """
-    per_block = 4 if gradient_checkpointing else 36 if bf16 else 64
-    block = (36 if bf16 else 64) if gradient_checkpointing else 0  # the one that is being recomputed
-    matrices = 12 * n_layer * n_embd**2 if muon else 0  # of which Muon keeps one moment, AdamW keeps two of the rest
-    logits = LOGITS_PEAK * vocab_size * tokens // (LOSS_CHUNKS if chunked_loss else 1)
+    tokens, layers, channels = recipe.micro_batch_size * recipe.seq_len, config.n_layer, config.n_embd
+    per_block = 4 if recipe.gradient_checkpointing else 36 if bf16 else 64
+    block = (36 if bf16 else 64) if recipe.gradient_checkpointing else 0  # the one that is being recomputed
+    # Of the blocks' matrices Muon keeps one moment, AdamW keeps two of everything.
+    matrices = 12 * layers * channels**2 if recipe.optimizer == "muon" else 0
+    logits = LOGITS_PEAK * config.vocab_size * tokens // (LOSS_CHUNKS if chunked_loss else 1)
     return {
         "parameters": 4 * n_parameters // shards,
         "gradients": 4 * n_parameters // shards,
         "optimizer": (8 * n_parameters - 4 * matrices) // shards,
         "bf16 copies": 2 * n_parameters // shards if bf16 else 0,
-        "activations": (n_layer * per_block + block + 8) * n_embd * tokens,
-        "logits": logits + (6 * vocab_size * n_embd if chunked_loss else 0),  # the head's gradient and bf16 copy
+        "activations": (layers * per_block + block + 8) * channels * tokens,
+        # with the head's gradient and bf16 copy
+        "logits": logits + (6 * config.vocab_size * channels if chunked_loss else 0),
     }
 
 
-def memory_report(
-    recipe: Recipe, config: Any, *, n_parameters: int, bf16: bool, chunked_loss: bool, processes: int, sharded: bool,
-    device: torch.device,
-) -> str:  # fmt: skip
+def memory_report(recipe: Recipe, config: Any, device: torch.device, *, processes: int, **details: Any) -> str:
     """One line: what the run needs by `memory_estimate`, what the device has, and the largest micro batch that fits.
 
-    `config` is the model's; micro batch sizes that do not divide a process's share of the global batch are left out.
+    `details` are `memory_estimate`'s. Micro batch sizes that do not divide a process's share of the global batch are
+    left out.
     """
-
-    def parts_at(micro_batch_size: int) -> dict[str, int]:
-        return memory_estimate(
-            n_parameters=n_parameters, n_layer=config.n_layer, n_embd=config.n_embd, vocab_size=config.vocab_size,
-            tokens=micro_batch_size * recipe.seq_len, bf16=bf16, chunked_loss=chunked_loss,
-            gradient_checkpointing=recipe.gradient_checkpointing, muon=recipe.optimizer == "muon",
-            shards=processes if sharded else 1,
-        )  # fmt: skip
-
     memory = device_memory_bytes(device)
+
+    def needed(micro_batch_size: int) -> int:
+        return sum(memory_estimate(replace(recipe, micro_batch_size=micro_batch_size), config, **details).values())
+
     sequences = recipe.global_batch_tokens // (recipe.seq_len * processes)
     fitting = [size for size in range(1, sequences + 1)
-               if sequences % size == 0 and sum(parts_at(size).values()) <= USABLE * memory]  # fmt: skip
+               if sequences % size == 0 and needed(size) <= USABLE * memory]  # fmt: skip
     advice = f"micro_batch_size up to {fitting[-1]} should fit" if fitting else "no micro_batch_size should fit"
     if recipe.micro_batch_size not in fitting:
         advice = f"it may not fit: {advice}"
-    parts = parts_at(recipe.micro_batch_size)
+    parts = memory_estimate(recipe, config, **details)
     spoken = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)
     return f"memory: about {sum(parts.values()) / 1e9:.2f} of {memory / 1e9:.1f} GB ({spoken}); {advice}"
 

@@ -39,10 +39,8 @@ def test_the_activations_are_those_that_autograd_keeps(bf16, gradient_checkpoint
     model = GPT2ReproForCausalLM(config).train()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    parts = memory_estimate(
-        n_parameters=model.num_parameters(), n_layer=6, n_embd=128, vocab_size=V, tokens=B * T, bf16=bf16,
-        gradient_checkpointing=gradient_checkpointing, chunked_loss=False,
-    )  # fmt: skip
+    recipe = Recipe(micro_batch_size=B, seq_len=T, gradient_checkpointing=gradient_checkpointing)
+    parts = memory_estimate(recipe, config, n_parameters=model.num_parameters(), bf16=bf16, chunked_loss=False)
     expected = parts["activations"] + 4 * V * B * T  # of the logits autograd keeps the fp32 log-softmax
     if gradient_checkpointing:
         expected -= (36 if bf16 else 64) * 128 * B * T  # the block that is recomputed exists in the backward only
@@ -57,15 +55,13 @@ def test_the_optimizer_holds_what_is_said(optimizer):
         n_layer=2, n_embd=64, n_head=4, vocab_size=V, n_positions=T, bos_token_id=0, eos_token_id=0
     )
     model = GPT2ReproForCausalLM(config)
-    used = make_optimizer(model, Recipe(optimizer=optimizer))
+    recipe = Recipe(optimizer=optimizer)
+    used = make_optimizer(model, recipe)
     ids = torch.randint(V, (B, T))
     model(ids, shift_labels=ids, use_cache=False).loss.backward()
     used.step()
     state = [tensor for values in used.state.values() for tensor in values.values() if tensor.dim()]
-    parts = memory_estimate(
-        n_parameters=model.num_parameters(), n_layer=2, n_embd=64, vocab_size=V, tokens=B * T, bf16=False,
-        gradient_checkpointing=False, chunked_loss=False, muon=optimizer == "muon",
-    )  # fmt: skip
+    parts = memory_estimate(recipe, config, n_parameters=model.num_parameters(), bf16=False, chunked_loss=False)
     assert sum(tensor.nbytes for tensor in state) == parts["optimizer"]
 
 
@@ -78,10 +74,10 @@ def test_the_optimizer_holds_what_is_said(optimizer):
 )
 def test_the_report_says_what_fits(micro_batch_size, layers, expected):
     recipe = Recipe(micro_batch_size=micro_batch_size, seq_len=64, global_batch_tokens=64 * 32)
+    config = GPT2ReproConfig(n_layer=layers, n_embd=64, n_head=4, vocab_size=V)
     line = memory_report(
-        recipe, GPT2ReproConfig(n_layer=layers, n_embd=64, n_head=4, vocab_size=V), n_parameters=10**6, bf16=True,
-        chunked_loss=True, processes=2, sharded=False, device=torch.device("cpu"),
-    )  # fmt: skip
+        recipe, config, torch.device("cpu"), processes=2, n_parameters=10**6, bf16=True, chunked_loss=True
+    )
     assert line.startswith("memory: about ")
     assert "parameters 0.00, gradients 0.00, optimizer 0.01" in line
     assert line.endswith(expected)
