@@ -219,7 +219,7 @@ class Run:
             )
         # A bar on a terminal alone; a log gets a line now and then.
         hidden = None if accelerator.is_main_process else True
-        bar, shown = tqdm(total=recipe.max_steps, initial=self.first_step, unit="step", disable=hidden), 0.0
+        bar, shown = tqdm(total=recipe.max_steps, initial=self.first_step, unit="step", disable=hidden), -math.inf
         if self.first_step == 0:  # where it starts from; and what cannot work fails here, not in the middle of a run
             self.evaluate(0)
         step = saved = self.first_step

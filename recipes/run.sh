@@ -22,6 +22,7 @@ while true; do
     began=$SECONDS
     "$@" &
     child=$!
+    [ -z "$stopped" ] || kill -TERM "$child" 2>/dev/null # the signal came before the trap knew of the command
     wait "$child"
     code=$?
     if [ -n "$stopped" ]; then # the signal ended the first wait; the run is saving

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -218,7 +217,6 @@ def test_the_loop_passes_a_signal_on_and_does_not_start_again(tmp_path):
     command = f"trap 'exit 75' TERM; echo x >> {started}; for _ in $(seq 200); do sleep 0.1; done"
     process = subprocess.Popen([RUN, "bash", "-c", command])
     wait_until(started.exists, process)
-    time.sleep(1.0)  # so that run.sh, too, knows of the command that it started
     process.send_signal(signal.SIGTERM)
     end(process)
     assert process.returncode == 75

@@ -116,13 +116,13 @@ class Watchdog:
 
     def _watch(self) -> None:
         main = threading.main_thread().ident or 0
-        seen, since = None, time.monotonic()
-        while not self._over.wait(min(5.0, self._seconds / 20)):
+        pause = min(5.0, self._seconds / 20)
+        seen, same = None, 0  # looks are counted, since a clock goes on while a process is suspended
+        while not self._over.wait(pause):
             stack = traceback.walk_stack(sys._current_frames().get(main))
             now = self.step, [(frame.f_code, line) for frame, line in stack]
-            if now != seen:
-                seen, since = now, time.monotonic()
-            elif time.monotonic() - since >= self._seconds:
+            seen, same = now, same + 1 if now == seen else 0
+            if same * pause >= self._seconds:
                 where = [f"{code.co_filename}:{line} {code.co_name}" for code, line in now[1]]
                 print(
                     f"error on process {self._rank}: no progress for {self._seconds / 60:g} minutes, in step "

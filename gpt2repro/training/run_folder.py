@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -66,14 +67,27 @@ def write_run_record(folder: Path, record: dict[str, Any], *, world_size: int) -
     record["starts"].append(_start(world_size))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = [_hold(final)] if final.exists() else []
-        aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())  # or a power cut could leave an empty run.json, which refuses every start
-        os.replace(aside, final)
-        return [*held, _hold(final)]
+        with _one_at_a_time(folder):
+            held = [_hold(final)] if final.exists() else []
+            aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())  # or a power cut could leave an empty run.json, which refuses every start
+            os.replace(aside, final)
+            return [*held, _hold(final)]
     except OSError as error:
         raise ValueError(f"output_dir {folder} cannot be written ({error}): give another --output_dir") from error
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let two first starts write their record one after the other, so that the second finds the first one's held."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _hold(path: Path) -> BinaryIO:
