@@ -20,9 +20,10 @@ EOT = "<|endoftext|>"
 EMPTY = "empty"
 PIECE_BYTES = 2**18  # longer documents are encoded in pieces: tokenizers takes some 60 bytes of memory a byte of text
 CONTEXT_BYTES = 200  # on either side of a cut, for the check that it changes no id
-CUT_BYTES = 2**11  # at the end of a piece, where a place for the cut is looked for
+CUT_BYTES = 2**14  # at the end of a piece, where a place for the cut is looked for
 # Where GPT-2's pattern begins a new word whatever stands before: before a newline or a space, and a visible character.
-CUT = re.compile(rb"(?:\n|(?<=[!-~]) )(?=[!-~])")
+# Beyond ASCII all bytes count as visible; what is none there (a no-break space) fails the check.
+CUT = re.compile(rb"(?:\n|(?<=[!-~\x80-\xff]) )(?=[!-~\x80-\xff])")
 RENEW_BYTES = 2**28  # of text, after which a fast encoder is made anew: its cache of words has no bound
 HARD_TEXT = (  # where tokenizers differ, if they do; a sample of the input is compared as well
     " a  b\n\n c\t\td \r\n\r\n\u00a0e\u3000f\u2028g\u0085h don't WE'LL i'Ve 12345 3.14 x_y $£€ naïve na\u0308ve "

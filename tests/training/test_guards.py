@@ -1,10 +1,13 @@
 """The rules that keep a run safe: outliers, and the watchdog in a process that really hangs."""
 
 import math
+import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
+import time
 
 import pytest
 from accelerate.tracking import get_available_trackers
@@ -70,7 +73,7 @@ def test_the_watchdog_names_where_a_process_hangs_and_ends_it():
 
 def test_the_watchdog_leaves_a_process_alone_that_makes_progress():
     code = (
-        "import threading, time\n"
+        "import os, signal, threading, time\n"
         "from gpt2repro.training.guards import Watchdog\n"
         "watchdog = Watchdog(0.03, rank=0)\n"  # 1.8 seconds, which no busy machine keeps a thread waiting
         "for watchdog.step in range(25):\n"
@@ -79,12 +82,19 @@ def test_the_watchdog_leaves_a_process_alone_that_makes_progress():
         "while time.monotonic() < end:\n"  # the same step all the time, in another place
         "    sum(range(50_000))\n"
         "    sorted(range(50_000))\n"
+        "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGSTOP)).start()\n"
+        "for _ in range(2):\n"  # the same step and place, most of the time suspended
+        "    time.sleep(0.5)\n"
         "(thread,) = [thread for thread in threading.enumerate() if thread.name == 'watchdog']\n"
         "watchdog.stop()\n"
         "thread.join()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert (done.returncode, done.stderr) == (0, "")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    os.waitpid(process.pid, os.WUNTRACED)  # it has stopped itself
+    time.sleep(2.5)
+    process.send_signal(signal.SIGCONT)
+    _, printed = process.communicate(timeout=600)
+    assert (process.returncode, printed) == (0, "")
 
 
 def test_a_rank_that_hangs_ends_the_run_and_both_say_where_they_are(train_script, unbroken_run, tmp_path):
