@@ -133,10 +133,12 @@ class TokenStream:
             shard, first = self.locate(start)
             part = min(count, shard.tokens - first, 2**28)  # one read stops at 2 GiB
             offset, size = shard.offset + first * shard.dtype.itemsize, part * shard.dtype.itemsize
-            content = os.pread(self._open(shard.path).fileno(), size, offset)
-            if len(content) < size:
+            file = self._open(shard.path)  # held: another thread's reads may push it out of the cache, and close it
+            content = os.pread(file.fileno(), size, offset)
+            part = len(content) // shard.dtype.itemsize  # a network disk may give less at a time
+            if not part:
                 raise ValueError(f"{shard.path} ends early: it was cut after it was opened; copy it again")
-            parts.append(np.frombuffer(content, shard.dtype))
+            parts.append(np.frombuffer(content, shard.dtype, part))
             start, count = start + part, count - part
         return np.concatenate(parts)
 

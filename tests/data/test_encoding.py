@@ -73,6 +73,15 @@ def test_cutting_a_document_changes_no_id(dataset_folder: Path, spread: str) -> 
     assert np.array_equal(joined, encode(text))
 
 
+@pytest.mark.parametrize("line", ["весна пришла и ушла", "春天來了又走了"])
+def test_a_long_document_without_ascii_letters_is_cut_too(dataset_folder: Path, line: str) -> None:
+    encode = exact_encoder(dataset_folder / "tokenizer.json")
+    text = f"{line}\n" * (2**20 // len(line.encode()))
+    pieces = list(cut_document(text.encode(), encode))
+    assert len(pieces) > 2 and max(map(len, pieces)) < 2 * PIECE_BYTES
+    assert np.array_equal(np.concatenate([encode(piece.decode()) for piece in pieces]), encode(text))
+
+
 def test_cutting_changes_no_id_of_gpt2(tokenizer_file: Path) -> None:
     encode = exact_encoder(tokenizer_file)
     text = hard_document(2, 500_000)
