@@ -17,8 +17,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import IO, Any
 
 from huggingface_hub.utils import validate_repo_id
 
@@ -120,7 +120,8 @@ class BackgroundPush:
     def __init__(self, repo_id: str, *, run_dir: Path) -> None:
         self.repo_id = repo_id
         self._run_dir = run_dir
-        self._running: tuple[subprocess.Popen, Path, float] | None = None  # what it pushes, and since when
+        # what it says, what it pushes, and since when
+        self._running: tuple[subprocess.Popen, IO[str], Path, float] | None = None
         self._waiting: Path | None = None
         self._rows: list[dict[str, Any]] = []
         for leftover in run_dir.glob(".push-*"):  # of a run that was killed
@@ -170,21 +171,25 @@ class BackgroundPush:
         command = [sys.executable, "-P", upload_script.__file__, str(staged), self.repo_id, message]
         environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         try:
+            # A file: a pipe that nobody reads would stop a client that complains for long.
+            said = TemporaryFile("w+", encoding="utf-8", errors="replace")
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                encoding="utf-8", errors="replace", start_new_session=True, env=environment,
+                command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
+                env=environment,
             )  # fmt: skip
         except OSError as error:
             self._report(staged, error=str(error))
         else:
-            self._running = process, staged, time.perf_counter()
+            self._running = process, said, staged, time.perf_counter()
 
     def _end(self, problem: str | None = None) -> None:
         assert self._running
-        process, staged, began = self._running
+        process, said, staged, began = self._running
         self._running = None
-        said, _ = process.communicate()
-        last = (said.strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
+        process.wait()
+        with said:
+            said.seek(0)
+            last = (said.read().strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
         outcome = {"url": last} if process.returncode == 0 else {"error": problem or last}
         self._report(staged, seconds=time.perf_counter() - began, **outcome)
 
