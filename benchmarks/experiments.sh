@@ -87,3 +87,18 @@ sweep init --set "init_from=$out/init/scaled,$out/init/plain" --seeds 3 --learni
 # ---- accumulation: the same global batch in other micro batches ------------------------------------------------
 sweep accumulation --set micro_batch_size=16,4 --learning_rate "$LEARNING_RATE" --max_steps $((steps / 5)) \
     --save_every $((steps / 5)) --warmup_steps 5
+
+# ---- one picture of the optimizers: the best AdamW, the best Muon, Muon on fewer tokens ------------------------
+"$python" - "$out" <<'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+from gpt2repro.training.sweep import draw
+
+out, curves = Path(sys.argv[1]), []
+for folder, name in ("adamw", "AdamW"), ("muon", "Muon"), ("muon-fewer-tokens", "Muon, three quarters of the tokens"):
+    results = [result for result in json.loads((out / folder / "sweep.json").read_text()) if result["mean"] is not None]
+    curves.append(min(results, key=lambda result: result["mean"]) | {"setting": {"optimizer": name}})
+draw(curves, out / "optimizers.png")
+PYTHON
