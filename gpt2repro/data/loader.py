@@ -75,13 +75,13 @@ class TrainLoader:
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """(input_ids, targets) from `first_step` on, endlessly. Closing the generator ends its thread."""
+        starts = self._micro_starts(first_step)  # the thread's alone: a step's order takes a millisecond
         with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
-            ready: deque[Future[torch.Tensor]] = deque()
-            for starts in self._micro_starts(first_step):
+            ready: deque[Future[torch.Tensor]] = deque(thread.submit(self._batch, starts) for _ in range(PREFETCH))
+            while True:
                 ready.append(thread.submit(self._batch, starts))
-                if len(ready) > PREFETCH:
-                    input_ids, targets = ready.popleft().result().to(self.device, non_blocking=True).unbind(0)
-                    yield input_ids, targets
+                input_ids, targets = ready.popleft().result().to(self.device, non_blocking=True).unbind(0)
+                yield input_ids, targets
 
     def _micro_starts(self, first_step: int) -> Iterator[np.ndarray]:
         for step in itertools.count(first_step):
@@ -89,8 +89,8 @@ class TrainLoader:
             starts = self.window_starts(step).reshape(self.accumulation, self.world_size, self.micro_batch_size)
             yield from starts[:, self.rank]
 
-    def _batch(self, starts: np.ndarray) -> torch.Tensor:
-        batch = torch.from_numpy(_windows(self.stream, starts, self.order.seq_len, self.vocab_size))
+    def _batch(self, micro_starts: Iterator[np.ndarray]) -> torch.Tensor:
+        batch = torch.from_numpy(_windows(self.stream, next(micro_starts), self.order.seq_len, self.vocab_size))
         return batch.pin_memory() if torch.device(self.device).type == "cuda" else batch
 
 
