@@ -46,6 +46,8 @@ def main() -> None:
         limit=arguments.limit,
         log_samples=False,
     )
+    if outcome is None:  # under `accelerate launch` the main process alone has it
+        return
     for task, figures in outcome["results"].items():
         numbers = {name.removesuffix(",none"): value for name, value in figures.items() if isinstance(value, float)}
         print(task, *(f"{name} {value:.4f}" for name, value in numbers.items()), sep="  ")

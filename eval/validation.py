@@ -131,6 +131,8 @@ def _text_loss(model, tokenizer, file: str, *, seq_len: int, batch_size: int, st
     text = Path(file).read_text(encoding="utf-8")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     start_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if start_id is None:
+        raise ValueError("the tokenizer has neither a bos nor an eos token for a text to follow: give another one")
     batches = text_windows(
         ids, start_id=start_id, seq_len=seq_len, stride=stride, batch_size=batch_size, device=model.device
     )

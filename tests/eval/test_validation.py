@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
-from eval.validation import bytes_per_token, text_windows, validation_loss
+from eval.validation import _text_loss, bytes_per_token, text_windows, validation_loss
 
 
 def slow_loss(model, stream: list[int], *, seq_len: int, stride: int) -> tuple[float, int]:
@@ -80,6 +81,13 @@ def test_nothing_to_count_is_an_error(tiny_model):
     inputs = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match="no token to validate on"):
         validation_loss(tiny_model, [(inputs, torch.full_like(inputs, -100))])
+
+
+def test_a_tokenizer_without_a_token_to_begin_with_is_an_error(tiny_model, bpe, tmp_path):
+    (tmp_path / "text.txt").write_text("The man throws.", encoding="utf-8")
+    bare = PreTrainedTokenizerFast(tokenizer_object=bpe.backend_tokenizer)
+    with pytest.raises(ValueError, match="neither a bos nor an eos token"):
+        _text_loss(tiny_model, bare, str(tmp_path / "text.txt"), seq_len=32, batch_size=1, stride=32)
 
 
 def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(bpe):
