@@ -33,7 +33,16 @@ from tqdm import tqdm
 
 from gpt2repro.data import encoding
 from gpt2repro.data.shards import FORMAT_VERSION, SPLITS, UNFINISHED, ShardWriter, load_tokenizer, tokenizer_record
-from gpt2repro.data.sources import FILES, NOT_TEXT, NOT_UTF8, SOURCES, Document, Source, open_source
+from gpt2repro.data.sources import (
+    FILES,
+    NOT_TEXT,
+    NOT_UTF8,
+    SOURCES,
+    WITHOUT_CHOICES,
+    Document,
+    Source,
+    open_source,
+)
 
 BATCH_BYTES = 2**20  # of text to a worker at a time: a second of its work
 CHECKPOINT_SECONDS = 5.0  # at most this much work is done twice
@@ -159,7 +168,7 @@ def prepare(
             "for parts, train on a sample first and name its folder"
         )
     recorded = _recorded_settings(out)
-    if revision := recorded.get("source", {}).get("revision"):
+    if source not in WITHOUT_CHOICES and (revision := recorded.get("source", {}).get("revision")):
         source_options.setdefault("revision", revision)  # go on with the commit that it began with
     origin = open_source(source, part=(int(index), int(count)), **source_options)
     made_with = tokenizer if trained else tokenizer_record(load_tokenizer(tokenizer))["tokenizer_sha256"]

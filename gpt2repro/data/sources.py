@@ -37,6 +37,7 @@ HUB = {
     "tinyshakespeare": {"dataset": SHAKESPEARE},
 }
 SOURCES = ("python-docs", "files", "hub", *HUB)
+WITHOUT_CHOICES = ("python-docs", "files", "tinyshakespeare")  # of configuration, split and revision
 
 Text = bytes | memoryview | Path  # a Path: the whole file, read in pieces
 
@@ -75,7 +76,7 @@ def open_source(
     for owner, flag, value in ("files", "--files GLOB", files), ("hub", "--dataset NAME", hub.get("dataset")):
         if (name == owner) != bool(value):
             raise ValueError(f"source {name} with {value}: --source {owner} and {flag} go together")
-    if hub and name in ("python-docs", "files", "tinyshakespeare"):
+    if hub and name in WITHOUT_CHOICES:
         raise ValueError(f"{', '.join(hub)} mean nothing to source {name}; omit them")
     if name == "python-docs":
         source = _python_docs()

@@ -244,6 +244,13 @@ def test_other_settings_in_a_used_folder_and_settings_that_cannot_be_are_errors(
     assert folder_digests(unbroken) == before
 
 
+def test_a_folder_that_holds_a_commit_of_the_hub_is_no_place_for_another_source(tmp_path: Path) -> None:
+    record = {"splits": {}, "source": {"name": "hub", "dataset": "owner/texts", "revision": "0" * 40}}
+    (tmp_path / "dataset.json").write_text(json.dumps(record), "utf-8")
+    with pytest.raises(ValueError, match="holds another preparation"):
+        prepare(source="python-docs", tokenizer="train:512", out=tmp_path)
+
+
 def test_wrong_usage_exits_with_2() -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--source", "files"])
