@@ -67,8 +67,9 @@ def halved_attention(module, query, key, value, attention_mask, scaling, dropout
 
 def halves_are_faster(query, key, attention_mask):
     """Where `halved_attention` beats PyTorch's kernel: in bf16 on a CPU, up to 256 tokens (docs/performance.md)."""
-    plain = attention_mask is None and 1 < query.shape[2] == key.shape[2] <= 256
-    return plain and query.device.type == "cpu" and query.dtype == torch.bfloat16
+    # The lengths last, and not in an export: to compare them would fix what is to stay dynamic.
+    wanted = query.device.type == "cpu" and query.dtype == torch.bfloat16 and not torch.compiler.is_exporting()
+    return wanted and attention_mask is None and 1 < query.shape[2] == key.shape[2] <= 256
 
 
 class GPT2ReproAttention(nn.Module):

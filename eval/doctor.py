@@ -194,7 +194,7 @@ def check_rehearsal(
     state = {"tokens": 0, "dataset_fingerprint": ""}
     path = save_checkpoint(folder, 1, model=model, optimizer=optimizer, state=state, keep_last=1, **saving)
     torch.manual_seed(recipe.seed + 1)
-    other = GPT2ReproForCausalLM(model.config).to(model.device)
+    other = type(model)(model.config).to(model.device)
     restored = make_optimizer(other, recipe)
     load_checkpoint(path, model=other, optimizer=restored)
     pairs = list(zip(model.parameters(), other.parameters(), strict=True))

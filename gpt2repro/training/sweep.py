@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -141,16 +142,28 @@ def main() -> int:
                 plan.append((setting, argv, parse_recipe(argv, default=arguments.recipe)))
         if arguments.jobs < 1:
             raise ValueError(f"--jobs {arguments.jobs} must be at least 1")
+        for _, _, recipe in plan if arguments.jobs > 1 else []:
+            if recipe.source and not all((Path(folder) / "dataset.json").exists() for folder in recipe.dataset_dir):
+                raise ValueError(
+                    f"{', '.join(recipe.dataset_dir)} is not prepared, and of several runs one alone can prepare it: "
+                    "start the recipe once, or prepare it (gpt2repro.data.prepare), before a sweep with --jobs"
+                )
     except ValueError as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
     failed: list[dict[str, str]] = []
+    stopped = threading.Event()
 
     def done(item: tuple[dict[str, str], list[str], Recipe]) -> bool:
         setting, argv, recipe = item
-        if setting in failed:
+        if setting in failed or stopped.is_set():
             return False
-        if not run(argv, recipe, arguments.jobs):
+        try:
+            ended_well = run(argv, recipe, arguments.jobs)
+        except KeyboardInterrupt:
+            stopped.set()  # here, since this thread takes the next run before the main one hears of it
+            raise
+        if not ended_well:
             failed.append(setting)
             log = Path(f"{recipe.output_dir}.log")
             last = (log.read_text(encoding="utf-8", errors="replace").splitlines() or [""])[-1]

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.hub.convert import to_stock
+from modeling_gpt2repro import GPT2ReproForCausalLM
 
 LENGTHS = {"input_ids": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}}
 
@@ -29,6 +31,17 @@ def test_an_exported_program_computes_the_logits_for_any_batch_and_length(ours, 
     program = torch.export.export(model, (ids,), dynamic_shapes=LENGTHS)
     with torch.no_grad():
         torch.testing.assert_close(program.module()(other_ids()), Logits(ours)(other_ids()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_program_exported_from_a_short_example_takes_the_longest_texts(dtype):
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 320, "vocab_size": 128}
+    torch.manual_seed(0)
+    model = Logits(GPT2ReproForCausalLM(GPT2ReproConfig(**shape, bos_token_id=0, eos_token_id=0)).to(dtype)).eval()
+    program = torch.export.export(model, (torch.randint(128, (2, 16)),), dynamic_shapes=LENGTHS)
+    long_ids, tolerance = torch.randint(128, (3, 300)), 1e-5 if dtype == torch.float32 else 0.1
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(long_ids), model(long_ids), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("kind", ["ours", "stock"])

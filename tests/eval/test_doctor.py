@@ -11,6 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from eval import doctor
+from gpt2repro import checks
 from gpt2repro.training.arguments import Recipe
 from gpt2repro.training.optimizer import make_optimizer
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -88,7 +89,7 @@ def test_a_fault_of_the_recipe_fails_its_line_alone(sound, fault, line):
     ],
 )
 def test_a_fault_of_the_model_fails_its_line(sound, monkeypatch, fault, lines):
-    monkeypatch.setattr(doctor, "GPT2ReproForCausalLM", fault)
+    monkeypatch.setattr(checks, "GPT2ReproForCausalLM", fault)
     assert failing(Recipe(**sound)) == lines
 
 
@@ -183,7 +184,7 @@ def test_the_checks_compute_in_the_recipes_precision(sound, monkeypatch):
             seen.add(torch.is_autocast_enabled("cpu"))
             return super().forward(*args, **kwargs)
 
-    monkeypatch.setattr(doctor, "GPT2ReproForCausalLM", Watched)
+    monkeypatch.setattr(checks, "GPT2ReproForCausalLM", Watched)
     assert failing(Recipe(**{**sound, "mixed_precision": "bf16"})) == []
     assert seen == {True}
 

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 import pytest
 import yaml
 
-from gpt2repro.training.sweep import grid, table
+from gpt2repro.training.sweep import grid, main, table
 from tests.conftest import ENVIRONMENT, ROOT, TINY, train_rows
 
 VALUES = ("0.001", "0.003")
@@ -100,3 +100,24 @@ def test_a_setting_whose_runs_failed_stands_last_in_the_table():
     sound = {"setting": {"lr": "1"}, "mean": 3.0, "std": None, "losses": [3.0]}
     broken = {"setting": {"lr": "9"}, "mean": None, "std": None, "losses": []}
     assert table([broken, sound]).splitlines()[2:] == ["| 1 | 3.0000 | – | 1 |", "| 9 | – | – | 0 |"]
+
+
+def test_a_run_that_was_stopped_is_the_last_one_that_starts(sweep, monkeypatch):
+    started = []
+
+    def stopped_by_a_signal(argv, recipe, jobs):
+        started.append(recipe.output_dir)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gpt2repro.training.sweep.run", stopped_by_a_signal)
+    recipe, output = sweep.output.parent / "tiny.yaml", sweep.output.parent / "stopped"
+    monkeypatch.setattr(sys, "argv", ["sweep", str(recipe), "--set", "learning_rate=1e-3,2e-3", "--output", str(output)])
+    with pytest.raises(KeyboardInterrupt):
+        main()
+    assert len(started) == 1
+
+
+def test_runs_at_one_time_need_a_dataset_that_is_there(sweep, tmp_path):
+    fields = ["--source", "python-docs", "--tokenizer", "train:512", "--dataset_dir", str(tmp_path / "none")]
+    printed = sweep("--set", "learning_rate=1e-3,2e-3", "--jobs", "2", *fields, exit_code=2)
+    assert f"error: {tmp_path / 'none'} is not prepared" in printed
