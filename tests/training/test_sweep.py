@@ -111,7 +111,8 @@ def test_a_run_that_was_stopped_is_the_last_one_that_starts(sweep, monkeypatch):
 
     monkeypatch.setattr("gpt2repro.training.sweep.run", stopped_by_a_signal)
     recipe, output = sweep.output.parent / "tiny.yaml", sweep.output.parent / "stopped"
-    monkeypatch.setattr(sys, "argv", ["sweep", str(recipe), "--set", "learning_rate=1e-3,2e-3", "--output", str(output)])
+    command = ["sweep", str(recipe), "--set", "learning_rate=1e-3,2e-3", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(KeyboardInterrupt):
         main()
     assert len(started) == 1
