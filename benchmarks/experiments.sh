@@ -5,8 +5,8 @@
 #
 # Sized for two CPU cores: 50 runs of recipes/corpus-small.yaml (MAX_STEPS, 300 by default, of 4,096 tokens), JOBS at a
 # time (2 by default, of one thread each: 7,300 tokens/s each in bf16 on an AMD EPYC, 27 % more in all than one run on
-# both cores), take about 80 minutes. A sweep a folder: sweep.json, sweep.png and a log beside every run. LEARNING_RATE
-# and MUON_LEARNING_RATE are the best of the first two sweeps, looked up in their sweep.json.
+# both cores), take 160 minutes of processor time. A sweep a folder: sweep.json, sweep.png and a log beside every run.
+# LEARNING_RATE and MUON_LEARNING_RATE are the best of the first two sweeps, looked up in their sweep.json.
 set -eu
 corpus=$(realpath -m "$1") out=$(realpath -m "$2") steps=${3:-300}
 python=${PYTHON:-.venv/bin/python}
