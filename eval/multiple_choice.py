@@ -310,18 +310,24 @@ def evaluate_tasks(
     *,
     rank: int = 0,
     world_size: int = 1,
-    gather_object: Callable[[list], list] = list,
+    gather_object: Callable[[list], list] | None = None,
 ) -> list[dict]:
     """One row of figures per task, the same on every process: `{"task", "style", "acc", "acc_norm", "n", …}`.
 
     `gather_object` joins lists of all processes (as in accelerate.utils). Runs eagerly on the weights of a compiled
     model, in the precision of the caller's autocast; the model's training mode is put back afterwards.
+
+    Raises:
+        ValueError: several processes and no `gather_object`: the figures would be those of one share.
     """
+    if world_size > 1 and gather_object is None:
+        raise ValueError(f"world_size is {world_size}: give a gather_object that joins the processes' results")
     was_training = model.training
     model.eval()
     figures = []
     for task in tasks:
-        results = gather_object(score_items(model, task.items, rank=rank, world_size=world_size))
+        results = score_items(model, task.items, rank=rank, world_size=world_size)
+        results = gather_object(results) if gather_object else results
         figures.append({"task": task.task, "style": task.style, **summarise(results)})
     model.train(was_training)
     return figures

@@ -194,6 +194,8 @@ def open_dataset(
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}: one of {', '.join(FORMATS)}")
     paths = path_or_paths if isinstance(path_or_paths, list | tuple) else [path_or_paths]
+    if not paths:
+        raise ValueError("no dataset folder given; name at least one")
     first, *others = [_open_one(Path(path), format, tokenizer) for path in paths]
     return _join(first, others) if others else first
 

@@ -207,6 +207,8 @@ def test_the_loop_evaluates_a_compiled_model_without_compiling_and_puts_training
     assert fresh_model.training
     halves = [evaluate_tasks(fresh_model, tasks, rank=r, world_size=2, gather_object=lambda own: own) for r in (0, 1)]
     assert [sum(row["n"] for row in pair) for pair in zip(*halves, strict=True)] == [8, 10]
+    with pytest.raises(ValueError, match="world_size is 2: give a gather_object"):
+        evaluate_tasks(fresh_model, tasks, world_size=2)
 
 
 def test_accuracy_and_its_standard_error_are_those_of_the_definition():
