@@ -34,7 +34,7 @@ class GPT2ReproConfig(PreTrainedConfig):
     """
 
     model_type = "gpt2repro"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the library's own declaration)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (the library's own declaration)
     attribute_map = {  # noqa: RUF012
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",
@@ -69,6 +69,8 @@ class GPT2ReproConfig(PreTrainedConfig):
                 "AutoConfig": "configuration_gpt2repro.GPT2ReproConfig",
                 "AutoModel": "modeling_gpt2repro.GPT2ReproModel",
                 "AutoModelForCausalLM": "modeling_gpt2repro.GPT2ReproForCausalLM",
+                "AutoModelForSequenceClassification": "modeling_gpt2repro.GPT2ReproForSequenceClassification",
+                "AutoModelForTokenClassification": "modeling_gpt2repro.GPT2ReproForTokenClassification",
             },
         )
         super().__post_init__(**kwargs)

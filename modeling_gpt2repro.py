@@ -12,19 +12,32 @@ Shapes: B sequences, T tokens each, C = n_embd channels, H = n_head heads of D =
 """
 
 import math
+from dataclasses import fields
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -36,8 +49,27 @@ except ImportError:
     from configuration_gpt2repro import GPT2ReproConfig  # from a checkout or the installed wheel
 
 
-class ResidualProjection(nn.Linear):
-    """A projection that ends on the residual path; a class of its own so that `_init_weights` can tell it apart."""
+# The library's name for the key-value cache, in outputs and in layers: "past_key_values" before 5.24, "cache" since.
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+# Keywords that `forward` passes on to the attention functions and to the library's output capturing. It refuses all
+# others: an unknown name that is swallowed is an argument that was renamed or mistyped.
+PASSED_ON = {
+    *TransformersKwargs.__optional_keys__,
+    "debug_io", "debug_io_dir", "prune_layers",
+    # continuous batching
+    "max_seqlen_q", "max_seqlen_k", "read_index", "write_index", "block_table", "logits_indices",
+    "logits_processor_args",
+} - {"output_router_logits", "position_ids"}  # fmt: skip
+
+
+def residual_projection(n_in: int, n_out: int) -> nn.Linear:
+    """A linear layer that ends on the residual path, marked for `_init_weights`.
+
+    A mark and not a subclass: quantizers such as bitsandbytes replace only modules whose type is exactly nn.Linear.
+    """
+    linear = nn.Linear(n_in, n_out)
+    linear.is_residual_projection = True
+    return linear
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -65,11 +97,15 @@ def halved_attention(module, query, key, value, attention_mask, scaling, dropout
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
-def halves_are_faster(query, key, attention_mask):
+def halves_are_faster(query, key, attention_mask, is_causal):
     """Where `halved_attention` beats PyTorch's kernel: in bf16 on a CPU, up to 256 tokens (docs/performance.md)."""
-    # The lengths last, and not in an export: to compare them would fix what is to stay dynamic.
+    # Lengths are compared last, and never in an export: a comparison would fix a dynamic dimension.
     wanted = query.device.type == "cpu" and query.dtype == torch.bfloat16 and not torch.compiler.is_exporting()
-    return wanted and attention_mask is None and 1 < query.shape[2] == key.shape[2] <= 256
+    return wanted and is_causal and attention_mask is None and 1 < query.shape[2] == key.shape[2] <= 256
+
+
+def is_sdpa(config):
+    return config._attn_implementation == "sdpa"
 
 
 class GPT2ReproAttention(nn.Module):
@@ -87,18 +123,22 @@ class GPT2ReproAttention(nn.Module):
         self.head_dim = config.n_embd // config.n_head
         self.scaling = self.head_dim**-0.5
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = ResidualProjection(config.n_embd, config.n_embd)
+        self.c_proj = residual_projection(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values: Cache | None = None, **kwargs):
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        cache = kwargs.pop(CACHE, None)
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)  # (B, T, H, D)
         query, key, value = (
             part.view(heads).transpose(1, 2) for part in self.c_attn(hidden_states).chunk(3, dim=-1)
         )  # each (B, H, T, D)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if isinstance(cache, Cache) or (cache is not None and CACHE == "cache"):
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        elif cache is not None:  # continuous batching before 5.24, where the attention function updates its paged cache
+            kwargs["cache"] = cache
+        is_causal = self.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        if self.config._attn_implementation == "sdpa" and halves_are_faster(query, key, attention_mask):
+        if is_sdpa(self.config) and halves_are_faster(query, key, attention_mask, is_causal):
             attention = halved_attention
         mixed, weights = attention(
             self,
@@ -121,7 +161,7 @@ class GPT2ReproMLP(nn.Module):
         super().__init__()
         n_inner = config.n_inner or 4 * config.n_embd
         self.c_fc = nn.Linear(config.n_embd, n_inner)
-        self.c_proj = ResidualProjection(n_inner, config.n_embd)
+        self.c_proj = residual_projection(n_inner, config.n_embd)
         # gelu_new is the tanh approximation; the library writes it out in seven kernels, PyTorch has it as one.
         name = config.activation_function
         self.act = nn.GELU(approximate="tanh") if name == "gelu_new" else ACT2FN[name]
@@ -146,44 +186,52 @@ class GPT2ReproBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """The summed cross-entropy of N tokens without the logits of all of them at once.
+@torch.no_grad()
+def chunked_cross_entropy(hidden_states, weight, targets, *, padded_rows, chunk, with_gradients):
+    """The summed cross-entropy of N tokens and its gradients, without the logits of all tokens at once.
 
-    The forward walks over chunks of tokens. It turns the logits of a chunk into the chunk's share of both gradients
-    and forgets them; the backward only scales. Softmax, loss and the sum of the head's gradient are fp32; matmuls run,
-    and gradients wait for the backward, in the type of the hidden states.
+    (N, C) hidden states, (V, C) head, (N,) targets (-100: no loss) -> (), nats; (N, C) and (V, C), or None and None.
+    The logits of `chunk` tokens become the chunk's share of both gradients and are dropped. Softmax, loss and the sum
+    of the head's gradient are fp32; matmuls run in the type of the hidden states, which is the type of both gradients.
     """
+    V, C = weight.shape
+    head = F.pad(weight.to(hidden_states.dtype), (0, 0, 0, padded_rows - V))
+    loss = torch.zeros((), dtype=torch.float32, device=weight.device)
+    if with_gradients:
+        grad_head = torch.zeros(padded_rows, C, dtype=torch.float32, device=weight.device)
+        grad_hidden = []
+    for hidden, target in zip(hidden_states.split(chunk), targets.split(chunk), strict=True):
+        kept, target = target.ne(-100)[:, None], target.clamp(min=0)[:, None]  # (chunk, 1)
+        logits = hidden @ head.t()  # (chunk, padded_rows)
+        logits[:, V:] = -math.inf
+        log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+        loss -= (log_p.gather(1, target) * kept).sum()
+        if with_gradients:  # of the logits: p - 1 at the target, p elsewhere
+            # Subtracted in fp32: bf16 rounds a p of 0.998 and more to 1, and the target's gradient would be zero.
+            grad = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=log_p.dtype)).to(head.dtype)
+            grad_hidden.append(grad @ head * kept)
+            grad_head += grad.t() @ (hidden * kept)
+    if not with_gradients:
+        return loss, None, None
+    return loss, torch.cat(grad_hidden), grad_head[:V].to(head.dtype)
+
+
+class WithGradients(torch.autograd.Function):
+    """A loss () whose gradients are known: those of `hidden_states` and `weight` are the two tensors given."""
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, targets, padded_rows, chunk, with_gradients):
-        """(N, C) hidden states, (V, C) head, (N,) targets (-100: no loss) -> (), nats; `chunk` is in tokens."""
-        V, C = weight.shape
-        head = F.pad(weight.to(hidden_states.dtype), (0, 0, 0, padded_rows - V))
-        loss = torch.zeros((), dtype=torch.float32, device=weight.device)
-        if with_gradients:
-            grad_head = torch.zeros(padded_rows, C, dtype=torch.float32, device=weight.device)
-            grad_hidden = []
-        for hidden, target in zip(hidden_states.split(chunk), targets.split(chunk), strict=True):
-            kept, target = target.ne(-100)[:, None], target.clamp(min=0)[:, None]  # (chunk, 1)
-            logits = hidden @ head.t()  # (chunk, padded_rows)
-            logits[:, V:] = -math.inf
-            log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-            loss -= (log_p.gather(1, target) * kept).sum()
-            if with_gradients:  # of the logits: p - 1 at the target, p elsewhere
-                grad = log_p.exp_().to(head.dtype)
-                grad.scatter_add_(1, target, grad.new_full(target.shape, -1))
-                grad_hidden.append(grad @ head * kept)
-                grad_head += grad.t() @ (hidden * kept)
-        if with_gradients:
-            ctx.weight_dtype = weight.dtype
-            ctx.save_for_backward(torch.cat(grad_hidden), grad_head[:V].to(head.dtype))
-        return loss
+    def forward(ctx, loss, hidden_states, weight, grad_hidden, grad_weight):
+        # Only inputs are saved. torch 2.11 compiles a Function that saves what it computed itself into a backward
+        # that returns zeros, without an error.
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss.clone()
 
     @staticmethod
     def backward(ctx, grad_loss):
-        grad_hidden, grad_head = ctx.saved_tensors
-        grad_head = (grad_head * grad_loss[None, None]).to(ctx.weight_dtype)  # of two dimensions: the product is fp32
-        return grad_hidden * grad_loss, grad_head, None, None, None, None
+        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_weight = (grad_weight * grad_loss[None, None]).to(ctx.weight_dtype)  # two dimensions: the product is fp32
+        return None, grad_hidden * grad_loss, grad_weight, None, None
 
 
 class GPT2ReproPreTrainedModel(PreTrainedModel):
@@ -211,7 +259,7 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
         parameters, which is why the rule hangs on the projection and not on the block around it.
         """
         super()._init_weights(module)
-        if isinstance(module, ResidualProjection):
+        if getattr(module, "is_residual_projection", False):
             std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
             init.normal_(module.weight, mean=0.0, std=std)
 
@@ -245,55 +293,77 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the last LayerNorm, (B, T, C).
 
-        Pass neither a mask nor positions for packed training: attention is then causal without a mask tensor, which
-        is what the flash kernels need.
+        Pass neither a mask nor positions for training on whole windows: attention is then causal without a mask
+        tensor, which is what the flash kernels need. Positions that restart at 0 inside a row, without a mask and a
+        cache, are packed texts: none sees another. `cache` and `past_key_values` are two names of one argument.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`; more tokens than `n_positions`.
+            TypeError: a keyword that the model does not know.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; both names of the cache; a position at or
+                past `n_positions`.
         """
+        if unknown := [name for name in kwargs if name not in PASSED_ON]:
+            raise TypeError(
+                f"GPT2Repro's forward does not know {', '.join(unknown)}: leave it out. Beside the arguments of its "
+                f"signature it takes {', '.join(sorted(PASSED_ON))}"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+        cache = past_key_values if cache is None else cache
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)  # (B, T, C)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        T = inputs_embeds.shape[1]
-        if T > self.config.n_positions:
-            raise ValueError(
-                f"a sequence of {T} tokens is longer than the model's n_positions={self.config.n_positions}: "
-                "shorten or split it"
-            )
-        packed = attention_mask is None and past_key_values is None and position_ids is None
-        if packed and self.config._attn_implementation == "sdpa":
-            mask = None  # sdpa is told is_causal; while compiling, the library may make a mask all the same
-        else:  # from the caller's positions: an arange would materialise a mask where none is needed
-            mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
-        if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(T, device=inputs_embeds.device) + seen).unsqueeze(0)  # (1, T)
+        if attention_mask is None and cache is None and position_ids is None and is_sdpa(self.config):
+            mask = None  # sdpa is told is_causal; while compiling, the library would make a mask
+        else:
+            # By position, because 5.24 renames the cache. It is the caller's: with a new one the library would not look
+            # for packed texts. The positions are the caller's too: an arange would make a mask where none is needed.
+            mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
+        position_ids = self._checked_positions(position_ids, inputs_embeds, cache)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
         for block in self.h:
             hidden_states = block(
                 hidden_states,
                 attention_mask=mask,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_ids=position_ids,
+                **{CACHE: cache},
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=self.ln_f(hidden_states), **{CACHE: cache if use_cache else None}
         )
+
+    def _checked_positions(self, position_ids, inputs_embeds, cache):
+        """The caller's positions, or those that follow the cache: (1, T). ValueError for one past the table."""
+        T, n_positions = inputs_embeds.shape[1], self.config.n_positions
+        compiling = torch.compiler.is_compiling()
+        seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        if position_ids is None:
+            tokens = T if compiling else T + seen
+            if tokens > n_positions:
+                raise ValueError(
+                    f"a sequence of {tokens} tokens is longer than the model's n_positions={n_positions}: shorten or "
+                    "split it"
+                )
+            position_ids = (torch.arange(T, device=inputs_embeds.device) + seen).unsqueeze(0)
+        # To read positions from a GPU waits for it, so there they are read only where the length says that they may
+        # be too large.
+        elif not compiling and position_ids.numel() and (position_ids.device.type == "cpu" or seen + T > n_positions):
+            if (last := int(position_ids.max())) >= n_positions:
+                raise ValueError(
+                    f"position {last} is past the model's n_positions={n_positions}: shorten or split the text, or "
+                    "generate fewer tokens"
+                )
+        return position_ids
 
 
 class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
@@ -316,12 +386,12 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
         loss_impl: str = "plain",
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), and the mean cross-entropy in nats a token where targets are given.
@@ -332,8 +402,12 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         `loss_impl="chunked"` then holds the logits of an eighth of the tokens at a time instead of all.
 
         Raises:
-            ValueError: `skip_logits=True` without targets; an unknown `loss_impl`, or "chunked" with logits.
+            ValueError: `skip_logits=True` without targets; an unknown `loss_impl`, or "chunked" with logits; and what
+                `GPT2ReproModel.forward` raises.
         """
+        # Not in the signature: Trainer takes every argument there with "label" in its name for a column of the data,
+        # and reports no eval_loss where one is missing.
+        shift_labels = kwargs.pop("shift_labels", None)
         has_targets, chunked = labels is not None or shift_labels is not None, loss_impl == "chunked"
         if loss_impl not in ("plain", "chunked") or (chunked and not skip_logits):
             raise ValueError(f"loss_impl is {loss_impl!r}: give 'plain', or 'chunked' together with skip_logits=True")
@@ -346,6 +420,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -368,9 +443,9 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=None if skip_logits else logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def _padded_logits(self, hidden_states):
@@ -384,31 +459,55 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         return F.linear(hidden_states, F.pad(weight, (0, 0, 0, missing)))[..., : weight.shape[0]]
 
     def _chunked_loss(self, hidden_states, labels, shift_labels, num_items_in_batch):
-        """(B, T, C) and targets (B, T) -> () through `ChunkedCrossEntropy`, in autocast's type where that is on.
+        """(B, T, C) and targets (B, T) -> (): `chunked_cross_entropy`, in autocast's type where that is on.
 
-        An eighth of the tokens at a time: few enough chunks to compile as one graph, and for each of them the head's
-        gradient is read and written once. Below 512 tokens a chunk that traffic outweighs what is saved.
+        An eighth of the tokens at a time: few enough chunks to compile as one graph, and each of them reads and writes
+        the head's gradient once. Below 512 tokens a chunk that traffic outweighs what is saved.
         """
         weight, device = self.lm_head.weight, hidden_states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        hidden_states = hidden_states.flatten(0, 1).to(dtype)  # (N, C)
         targets = F.pad(labels, (0, 1), value=-100)[:, 1:] if shift_labels is None else shift_labels
         targets = targets.reshape(-1)  # (N,)
-        loss = ChunkedCrossEntropy.apply(
-            hidden_states.flatten(0, 1).to(dtype),
+        with_gradients = torch.is_grad_enabled()
+        loss, grad_hidden, grad_weight = chunked_cross_entropy(
+            hidden_states,
             weight,
             targets,
-            weight.shape[0] + -weight.shape[0] % self.config.pad_vocab_size_multiple_of,
-            max(512, math.ceil(len(targets) / 8)),
-            torch.is_grad_enabled(),
+            padded_rows=weight.shape[0] + -weight.shape[0] % self.config.pad_vocab_size_multiple_of,
+            chunk=max(512, math.ceil(len(targets) / 8)),
+            with_gradients=with_gradients,
         )
+        if with_gradients:
+            loss = WithGradients.apply(loss, hidden_states, weight, grad_hidden, grad_weight)
         return loss / (targets.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-GPT2ReproModel.register_for_auto_class("AutoModel")
-GPT2ReproForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-# Only the flat module registers itself; a checkpoint's copy is found through its auto_map.
-if __name__ == "modeling_gpt2repro":
-    AutoModel.register(GPT2ReproConfig, GPT2ReproModel, exist_ok=True)
-    AutoModelForCausalLM.register(GPT2ReproConfig, GPT2ReproForCausalLM, exist_ok=True)
+class GPT2ReproForSequenceClassification(GenericForSequenceClassification, GPT2ReproPreTrainedModel):
+    base_model_prefix = "transformer"
 
-__all__ = ["GPT2ReproForCausalLM", "GPT2ReproModel", "GPT2ReproPreTrainedModel"]
+
+class GPT2ReproForTokenClassification(GenericForTokenClassification, GPT2ReproPreTrainedModel):
+    base_model_prefix = "transformer"
+
+
+# The generic heads make their base model through AutoModel, so a checkpoint's copy of this file registers itself too.
+AUTO_CLASSES = {
+    AutoModel: GPT2ReproModel,
+    AutoModelForCausalLM: GPT2ReproForCausalLM,
+    AutoModelForSequenceClassification: GPT2ReproForSequenceClassification,
+    AutoModelForTokenClassification: GPT2ReproForTokenClassification,
+}
+for auto_class, model_class in AUTO_CLASSES.items():
+    model_class.register_for_auto_class(auto_class.__name__)
+    auto_class.register(GPT2ReproConfig, model_class, exist_ok=True)
+# Trainer's label smoothing shifts the labels of the classes that this table names.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gpt2repro"] = "GPT2ReproForCausalLM"
+
+__all__ = [
+    "GPT2ReproForCausalLM",
+    "GPT2ReproForSequenceClassification",
+    "GPT2ReproForTokenClassification",
+    "GPT2ReproModel",
+    "GPT2ReproPreTrainedModel",
+]

@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 
 from gpt2repro.checks import model_config
-from gpt2repro.cli import parse_recipe
+from gpt2repro.recipe import parse_recipe
 from gpt2repro.data.shards import open_dataset
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -52,7 +52,7 @@ sweep() { # NAME ARGUMENTS …
     local name=$1
     shift
     echo "== $name"
-    "$python" -m gpt2repro.training.sweep recipes/corpus-small.yaml --output "$out/$name" --source null --files \
+    "$python" -m gpt2repro.tools.sweep recipes/corpus-small.yaml --output "$out/$name" --source null --files \
         --tokenizer null --dataset_dir "$out/corpus" --max_steps "$steps" --save_every "$steps" --jobs "${JOBS:-2}" "$@" || [ $? -eq 1 ]
 }
 
@@ -94,7 +94,7 @@ import json
 import sys
 from pathlib import Path
 
-from gpt2repro.training.sweep import draw
+from gpt2repro.tools.sweep import draw
 
 out, curves = Path(sys.argv[1]), []
 for folder, name in ("adamw", "AdamW"), ("muon", "Muon"), ("muon-fewer-tokens", "Muon, three quarters of the tokens"):

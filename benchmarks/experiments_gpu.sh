@@ -21,7 +21,7 @@ sweep() { # NAME ARGUMENTS …
     local name=$1
     shift
     echo "== $name"
-    "$python" -m gpt2repro.training.sweep recipes/gpt2-124m-10b.yaml --output "$out/$name" --source null \
+    "$python" -m gpt2repro.tools.sweep recipes/gpt2-124m-10b.yaml --output "$out/$name" --source null \
         --tokenizer null --dataset_dir "$out/corpus" --global_batch_tokens 65536 --micro_batch_size 32 \
         --max_steps "$steps" --warmup_steps $((steps / 20)) --save_every "$steps" --keep_last 1 --sample_every 0 \
         --eval_tasks --eval_every 25 --eval_tokens 327680 "$@" || [ $? -eq 1 ]

@@ -31,8 +31,8 @@ import psutil
 from benchmarks.measuring import command_line, finish, machine, print_row
 from eval.loading import run_command
 from gpt2repro.data.prepare import prepare
-from gpt2repro.training.checkpoints import RECORD, verify_checkpoint
-from gpt2repro.training.metrics import read_metrics
+from gpt2repro.run.checkpoints import RECORD, verify_checkpoint
+from gpt2repro.run.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 KEEP_LAST = 2

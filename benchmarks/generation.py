@@ -18,7 +18,7 @@ from benchmarks.measuring import command_line, finish, machine, print_row, time_
 from configuration_gpt2repro import NAMED_SHAPES
 from eval.loading import run_command
 from gpt2repro.hub.convert import from_stock
-from gpt2repro.training.launch import use_huge_pages
+from gpt2repro.train.launch import use_huge_pages
 
 PROMPT_TOKENS = 32
 

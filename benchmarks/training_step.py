@@ -18,10 +18,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.measuring import command_line
 from configuration_gpt2repro import NAMED_SHAPES, GPT2ReproConfig
-from gpt2repro.training.arguments import Recipe
-from gpt2repro.training.launch import use_huge_pages
-from gpt2repro.training.metrics import flops_per_token, peak_flops
-from gpt2repro.training.optimizer import make_optimizer
+from gpt2repro.recipe import Recipe
+from gpt2repro.run.metrics import flops_per_token, peak_flops
+from gpt2repro.train.launch import use_huge_pages
+from gpt2repro.train.optimizer import make_optimizer
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 

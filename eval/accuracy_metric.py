@@ -11,7 +11,7 @@ divides by (characters, bytes or tokens of each choice).
 import datasets
 import evaluate
 
-from eval.multiple_choice import accuracy
+from .multiple_choice import accuracy
 
 
 class MultipleChoiceAccuracy(evaluate.Metric):

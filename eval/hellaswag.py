@@ -10,8 +10,8 @@ harness      "activity: ctx", brackets taken out     its characters         31.1
 Figures go to the JSON file, every item's scores to the .jsonl beside it. Name the style with every figure.
 """
 
-from eval.loading import run_command
-from eval.multiple_choice import command_parser, run_task
+from .loading import run_command
+from .multiple_choice import command_parser, run_task
 
 
 def main() -> None:

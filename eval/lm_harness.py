@@ -9,7 +9,7 @@ code and that the figures land in CHECKPOINT/lm_eval.json (or --output). Needs l
 
 from pathlib import Path
 
-from eval.loading import model_parser, output_file, run_command, write_json
+from .loading import model_parser, output_file, run_command, write_json
 
 
 def main() -> None:

@@ -8,15 +8,14 @@ beside its weights. Foreign code runs only with `trust_remote_code=True`.
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 import modeling_gpt2repro  # noqa: F401 (the import registers our classes with the Auto classes)
+from gpt2repro import command
 
 # An embedding has a few more rows than its tokenizer has tokens where it was padded for speed (GPT-2: 50304 for 50257;
 # published models: up to 905). More than that is another tokenizer.
@@ -106,11 +105,5 @@ def write_json(path: str | Path, value: dict) -> None:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command; an error that a person can mend becomes one line on standard error and exit code 1."""
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()  # in a log every turn of a bar is a line
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    """Run a command and exit with its code."""
+    raise SystemExit(command.run(main))

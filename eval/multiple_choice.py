@@ -29,8 +29,8 @@ from accelerate.utils import gather_object
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from eval.loading import check_vocabulary, load_from, max_positions, model_parser, output_file, run_command, write_json
-from eval.tasks import TASKS, Item, Row, read_rows, render, task_style
+from .loading import check_vocabulary, load_from, max_positions, model_parser, output_file, run_command, write_json
+from .tasks import TASKS, Item, Row, read_rows, render, task_style
 
 # The architectures whose trees were compared with one row per choice. Others (ALiBi, state spaces, sliding windows)
 # may read positions from the mask's shape: they get one row per choice, and their own head.
@@ -366,7 +366,7 @@ def run_task(arguments: argparse.Namespace, task: str) -> dict | None:
     results.sort(key=lambda result: result["index"])
     compute = accuracy
     if find_spec("evaluate"):  # a machine that only scores may lack it; the metric calls the same function
-        from eval.accuracy_metric import MultipleChoiceAccuracy
+        from .accuracy_metric import MultipleChoiceAccuracy
 
         compute = MultipleChoiceAccuracy().compute
     figures = {"task": task, "style": style, **summarise(results, compute)}

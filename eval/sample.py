@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from eval.loading import load_from, max_positions, model_parser, run_command
+from .loading import load_from, max_positions, model_parser, run_command
 
 
 @torch.no_grad()

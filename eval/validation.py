@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from eval.loading import load_from, max_positions, model_parser, output_file, run_command, write_json
 from gpt2repro.data.loader import validation_batches
 from gpt2repro.data.shards import open_dataset, tokenizer_sha256
+
+from .loading import load_from, max_positions, model_parser, output_file, run_command, write_json
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_accelerate
-from gpt2repro.training import checkpoints
+from gpt2repro.run import checkpoints
 
 HELD_AT = Path(os.environ["HELD_AT"])
 

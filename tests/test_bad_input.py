@@ -201,7 +201,7 @@ def test_a_damaged_checkpoint_is_named_and_previous_is_used_only_when_asked(
 
 @pytest.mark.parametrize("resume", ["previous", "nowhere"])
 def test_a_checkpoint_to_resume_from_that_is_not_there_is_refused(tmp_path, resume):
-    from gpt2repro.training.checkpoints import find_checkpoint
+    from gpt2repro.run.checkpoints import find_checkpoint
 
     with pytest.raises(ValueError, match=f"resume is .?{resume}"):
         find_checkpoint(tmp_path, resume)

@@ -6,7 +6,7 @@ from torch import nn
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.checks import check_init_from
-from gpt2repro.training.arguments import Recipe
+from gpt2repro.recipe import Recipe
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 

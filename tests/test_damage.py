@@ -6,13 +6,13 @@ import resource
 import shutil
 
 import pytest
+from tests.training.test_checkpoints import DAMAGE, content, file_size_limit, flip
 
 import train_accelerate
-from gpt2repro.data.inspect import main as inspect
 from gpt2repro.data.shards import open_dataset
+from gpt2repro.tools.inspect_data import main as inspect
 from tests.conftest import end, train_rows
 from tests.test_train import assert_same_bits
-from tests.training.test_checkpoints import DAMAGE, content, file_size_limit, flip
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -88,13 +88,14 @@ def test_halved_attention_computes_what_pytorchs_kernel_does(T):
 
 
 def test_halved_attention_stands_in_for_short_causal_sequences_in_bf16_on_a_cpu_alone():
-    def faster(T, *, S=None, dtype=torch.bfloat16, mask=None, device="cpu"):
+    def faster(T, *, S=None, dtype=torch.bfloat16, mask=None, device="cpu", is_causal=True):
         query, key = (torch.empty(1, 1, length, 8, dtype=dtype, device=device) for length in (T, S or T))
-        return halves_are_faster(query, key, mask)
+        return halves_are_faster(query, key, mask, is_causal)
 
     assert faster(2) and faster(256)
     assert not (faster(1) or faster(257) or faster(1, S=9) or faster(4, S=9))
     assert not (faster(9, dtype=torch.float32) or faster(9, mask=torch.ones(9, 9)) or faster(9, device="meta"))
+    assert not faster(9, is_causal=False)
 
 
 def test_the_backward_pass_equals_stock_gpt2s(pair):

@@ -14,11 +14,10 @@ import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from configuration_gpt2repro import GPT2ReproConfig
-from eval.doctor import check_learning_rate, check_warmup
 from gpt2repro.checks import model_shape
-from gpt2repro.cli import parse_recipe
-from gpt2repro.training.arguments import Recipe
-from gpt2repro.training.metrics import PEAK_FLOPS, flops_per_token
+from gpt2repro.recipe import Recipe, parse_recipe
+from gpt2repro.run.metrics import PEAK_FLOPS, flops_per_token
+from gpt2repro.tools.doctor import check_learning_rate, check_warmup
 from modeling_gpt2repro import GPT2ReproForCausalLM
 from tests.conftest import ENVIRONMENT, ROOT, end, train_rows, wait_until
 from train_accelerate import DEFAULT_RECIPE

@@ -141,4 +141,4 @@ def test_the_wheel_in_an_empty_venv_is_two_modules_and_one_package(tmp_path):
     assert {path.name for path in site_packages.iterdir() if path.suffix != ".dist-info"} - {"__pycache__"} == {
         "configuration_gpt2repro.py", "modeling_gpt2repro.py", "gpt2repro",
     }  # fmt: skip
-    python("import modeling_gpt2repro, gpt2repro.cli, gpt2repro.hub.convert", tmp_path, paths=(site_packages,))
+    python("import modeling_gpt2repro, gpt2repro.recipe, gpt2repro.hub.convert", tmp_path, paths=(site_packages,))

@@ -83,6 +83,11 @@ class TrainLoader:
                 input_ids, targets = ready.popleft().result().to(self.device, non_blocking=True).unbind(0)
                 yield input_ids, targets
 
+    def first_batch(self, first_step: int) -> Batch:
+        """The first micro-batch of `first_step`, without a thread."""
+        input_ids, targets = self._batch(self._micro_starts(first_step)).to(self.device).unbind(0)
+        return input_ids, targets
+
     def _micro_starts(self, first_step: int) -> Iterator[np.ndarray]:
         for step in itertools.count(first_step):
             # (accumulation, world_size, micro_batch_size): micro step m of rank r is row (m, r)

@@ -15,10 +15,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
-from gpt2repro.training.arguments import DEFINING_FIELDS
-from gpt2repro.training.checkpoints import RECORD
-from gpt2repro.training.metrics import read_metrics
-from gpt2repro.training.run_folder import RUN_RECORD
+from gpt2repro.recipe import DEFINING_FIELDS
+from gpt2repro.run.checkpoints import RECORD
+from gpt2repro.run.folder import RECORD as RUN_RECORD
+from gpt2repro.run.metrics import read_metrics
 
 METRICS = ("acc", "acc_norm", "loss", "perplexity", "bits_per_byte")
 # Where the Hub keeps what a task is scored on: dataset, configuration, split.

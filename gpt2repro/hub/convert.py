@@ -23,11 +23,13 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro.hub.command import run_quietly
+from gpt2repro import command
 from gpt2repro.hub.upload import hub_is_reachable
+from gpt2repro.recipe import Recipe
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -95,6 +97,47 @@ def load_as_gpt2repro(
         model, info = _load(model_class, source, **options)
     _check_tensors(source, info)
     return from_stock(model) if isinstance(model, GPT2LMHeadModel) else model
+
+
+def initial_model(recipe: Recipe, *, vocab_size: int, eot_id: int) -> GPT2ReproForCausalLM:
+    """The network that a run begins with: new from the recipe's seed, or with the weights of `init_from`.
+
+    Raises:
+        ValueError: weights that cannot be loaded, or are of another shape.
+    """
+    config = GPT2ReproConfig(
+        **recipe.shape(), vocab_size=vocab_size, bos_token_id=eot_id, eos_token_id=eot_id,
+        resid_pdrop=recipe.dropout, embd_pdrop=recipe.dropout, attn_pdrop=recipe.dropout,
+    )  # fmt: skip
+    torch.manual_seed(recipe.seed)
+    if recipe.init_from:
+        model = load_as_gpt2repro(recipe.init_from, vocab_size=vocab_size)
+        fit_to_recipe(recipe, model, config)
+    else:
+        model = GPT2ReproForCausalLM(config)
+    model.set_attn_implementation(recipe.attn_implementation)
+    if recipe.gradient_checkpointing:
+        recompute_activations(model)
+    return model
+
+
+def fit_to_recipe(recipe: Recipe, model: GPT2ReproForCausalLM, wanted: GPT2ReproConfig) -> None:
+    """Refuse weights of another shape than the recipe's, and give the model the recipe's dropout."""
+    found = model.config
+    names = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+    wrong = [f"{n} is {getattr(found, n)} there, {getattr(wanted, n)} here" for n in names
+             if getattr(found, n) != getattr(wanted, n)]  # fmt: skip
+    if wrong:
+        raise ValueError(f"init_from {recipe.init_from} is of another shape: {'; '.join(wrong)}")
+    found.resid_pdrop = found.embd_pdrop = found.attn_pdrop = recipe.dropout
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):  # made with the checkpoint's
+            module.p = recipe.dropout
+
+
+def recompute_activations(model: Any) -> None:
+    """Turn gradient checkpointing on, by the name that this release of Transformers has for it."""
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -230,11 +273,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", metavar="DIR_OR_ID", help="where none lies beside the weights, as for .pt")
     args = parser.parse_args(argv)
 
-    def work() -> str:
+    def work() -> None:
         parameters = convert(args.src, args.dst, to=args.to, tokenizer=args.tokenizer)
-        return f"{args.dst}: {args.to}, {parameters:,} parameters"
+        print(f"{args.dst}: {args.to}, {parameters:,} parameters")
 
-    return run_quietly(work)
+    return command.run(work, errors_only=True)
 
 
 if __name__ == "__main__":

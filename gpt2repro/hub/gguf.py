@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tokenizers import pre_tokenizers
 
-from gpt2repro.hub.command import run_quietly
+from gpt2repro import command
 from gpt2repro.hub.convert import load_as_gpt2repro, load_tokenizer
 
 # llama.cpp's "gpt-2" pre-tokenizer; whether the offsets trim spaces changes no token.
@@ -100,11 +100,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="file to make, e.g. model.gguf")
     args = parser.parse_args(argv)
 
-    def work() -> str:
+    def work() -> None:
         count = write_gguf(args.checkpoint, args.file)
-        return f"{args.file}: {count} float32 tensors, {args.file.stat().st_size:,} bytes"
+        print(f"{args.file}: {count} float32 tensors, {args.file.stat().st_size:,} bytes")
 
-    return run_quietly(work)
+    return command.run(work, errors_only=True)
 
 
 if __name__ == "__main__":

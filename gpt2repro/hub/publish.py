@@ -22,13 +22,13 @@ from typing import IO, Any
 
 from huggingface_hub.utils import validate_repo_id
 
+from gpt2repro import command
 from gpt2repro.hub import upload as upload_script
 from gpt2repro.hub.card import model_card
-from gpt2repro.hub.command import run_quietly
 from gpt2repro.hub.convert import convert, load_as_gpt2repro
 from gpt2repro.hub.upload import upload, writable_repo
-from gpt2repro.training.checkpoints import OPTIMIZER, RECORD, verify_checkpoint
-from gpt2repro.training.run_folder import RUN_RECORD
+from gpt2repro.run.checkpoints import OPTIMIZER, RECORD, verify_checkpoint
+from gpt2repro.run.folder import RECORD as RUN_RECORD
 
 PUSH_WAIT_SECONDS = 600  # that the end of a run waits for its last checkpoint: 500 MB at 1 MB/s and then some
 UPLOADED = (
@@ -118,7 +118,8 @@ class BackgroundPush:
     """
 
     def __init__(self, repo_id: str, *, run_dir: Path) -> None:
-        self.repo_id = repo_id
+        # A missing token or right is an error now, not in an hour.
+        self.repo_id = writable_repo(repo_id)
         self._run_dir = run_dir
         # what it says, what it pushes, and since when
         self._running: tuple[subprocess.Popen, IO[str], Path, float] | None = None
@@ -149,9 +150,9 @@ class BackgroundPush:
         rows, self._rows = self._rows, []
         return rows
 
-    def wait(self, seconds: float, *, give_up: Callable[[], bool] = lambda: False) -> list[dict[str, Any]]:
-        """Give what runs and waits at most `seconds`, or until `give_up()`, then end it; the rows that are left."""
-        deadline, rows = time.monotonic() + seconds, self.finished()
+    def wait(self, *, stopped: bool, give_up: Callable[[], bool] = lambda: False) -> list[dict[str, Any]]:
+        """End the pushes of a run: at once where it was `stopped`, else after PUSH_WAIT_SECONDS or `give_up()`."""
+        deadline, rows = time.monotonic() + (0 if stopped else PUSH_WAIT_SECONDS), self.finished()
         while self._running and time.monotonic() < deadline and not give_up():
             time.sleep(0.1)
             rows += self.finished()
@@ -207,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--public", action="store_true", help="a new repository is private otherwise")
     args = parser.parse_args(argv)
     options = {"stock": args.stock, "private": not args.public, "dry_run": args.dry_run}
-    return run_quietly(lambda: publish(args.checkpoint, args.repo_id, **options))
+    return command.run(lambda: print(publish(args.checkpoint, args.repo_id, **options)), errors_only=True)
 
 
 if __name__ == "__main__":

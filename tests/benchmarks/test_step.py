@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.hub.convert import from_stock
-from gpt2repro.training.arguments import Recipe
-from gpt2repro.training.launch import loss_form
+from gpt2repro.recipe import Recipe
+from gpt2repro.train.launch import loss_form
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,65 @@
+"""What a run measures of its model while it trains: validation loss, benchmarks, samples."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from gpt2repro.data.training_data import TrainingData
+from gpt2repro.recipe import Recipe
+from gpt2repro.train.estimates import has_expected_loss, loss_warning
+
+from .multiple_choice import evaluate_tasks, prepare_task
+from .sample import sample
+from .validation import validation_loss
+
+Row = tuple[str, dict[str, Any]]  # the kind of a row of metrics.jsonl, and its values
+
+
+class Evaluation:
+    """Calling it with a step and the model gives the rows that are due at that step; every process does its share."""
+
+    def __init__(self, recipe: Recipe, data: TrainingData, accelerator: Accelerator, *, loss_impl: str) -> None:
+        self.recipe, self.data, self.accelerator, self.loss_impl = recipe, data, accelerator, loss_impl
+        longest = recipe.shape()["n_positions"]
+        self.tasks = [prepare_task(task, data.tokenizer, max_length=longest) for task in recipe.eval_tasks]
+
+    def __call__(self, step: int, model: Any) -> Iterator[Row]:
+        turns = ((self.recipe.eval_every, self._validation), (self.recipe.sample_every, self._samples))
+        for every, rows in turns:
+            if every and (step % every == 0 or step == self.recipe.max_steps):
+                model.eval()
+                yield from rows(step, model)
+                model.train()
+
+    def _validation(self, step: int, model: Any) -> Iterator[Row]:
+        """The loss on the validation windows, and the benchmarks of `eval_tasks`."""
+        accelerator, tokens = self.accelerator, step * self.recipe.global_batch_tokens
+        several = accelerator.num_processes > 1
+        add = (lambda tensor: accelerator.reduce(tensor, "sum")) if several else None
+        loss, counted = validation_loss(model, self.data.validation(), reduce=add, loss_impl=self.loss_impl)
+        perplexity = math.exp(min(loss, 700.0))
+        yield "val", {"loss": loss, "perplexity": perplexity, "eval_tokens": counted, "tokens": tokens}
+        comparable = has_expected_loss(self.data.dataset.info, model.config, init_from=self.recipe.init_from)
+        if comparable and (warning := loss_warning(tokens, loss)):
+            yield "warning", {"text": warning, "loss": loss, "tokens": tokens}
+        if self.tasks and step:
+            share = {
+                "gather_object": gather_object, "rank": accelerator.process_index,
+                "world_size": accelerator.num_processes,
+            }  # fmt: skip
+            # A sharded model runs on all processes or on none, so there every process scores every item.
+            with accelerator.autocast():
+                for row in evaluate_tasks(model, self.tasks, **({} if accelerator.is_fsdp2 else share)):
+                    yield "eval", {"tokens": tokens, **row}
+
+    def _samples(self, step: int, model: Any) -> Iterator[Row]:
+        """The same prompt every time; on every process, because a sharded model needs all of them to run."""
+        recipe = self.recipe
+        texts = sample(
+            model, self.data.tokenizer, recipe.sample_prompt, num_samples=recipe.num_samples,
+            max_new_tokens=recipe.sample_tokens, seed=recipe.seed,
+        )  # fmt: skip
+        yield "sample", {"prompt": recipe.sample_prompt, "texts": texts}

@@ -1,0 +1,346 @@
+"""The recipe: all that defines a training run. Its fields, how YAML and flags set them, what can be wrong with it.
+
+    recipe = parse_recipe(["--recipe", "recipes/demo.yaml", "--learning_rate", "1e-3"], default="recipes/demo.yaml")
+    recipe.check(world_size=8)
+
+YAML sets a field, a flag overrides it, an unknown name fails with the nearest known one. The parsing is ours and not
+HfArgumentParser's, because all errors of a recipe are reported together and `--help` must not wait for an import.
+"""
+
+import argparse
+import difflib
+import re
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gpt2repro.command import UsageError
+
+# A run is the same run as long as these hold; anything else (micro-batch, precision, cadence) may change on resume.
+DEFINING_FIELDS = (
+    "model", "n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "dropout", "init_from", "seq_len",
+    "global_batch_tokens", "max_steps", "optimizer", "learning_rate", "muon_learning_rate", "min_lr_ratio",
+    "warmup_steps", "schedule", "decay_ratio", "weight_decay", "beta1", "beta2", "grad_clip", "seed", "shuffle",
+)  # fmt: skip
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+def _option(default: Any, help_line: str, *, choices: tuple[str, ...] = (), least: float | None = None) -> Any:
+    return field(default=default, metadata={"help": help_line, "choices": choices, "least": least})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that defines a run. The defaults are the reproduction: 10B tokens in 19,073 steps of 524,288."""
+
+    # where
+    output_dir: str = _option("runs/gpt2-124m", "folder of the run: checkpoints, metrics.jsonl, run.json")
+    dataset_dir: tuple[str, ...] = _option(
+        ("data/fineweb-edu-10b",), "prepared datasets, several are one stream; made from source where there is none"
+    )
+    dataset_format: str = _option(
+        "auto", "format of dataset_dir; nanoGPT's .bin must be named",
+        choices=("auto", "gpt2repro", "build-nanogpt", "llm.c", "nanogpt"),
+    )  # fmt: skip
+    source: str | None = _option(None, "where documents come from if dataset_dir must be made (python-docs, files, …)")
+    files: tuple[str, ...] = _option((), "paths or globs for source: files")
+    tokenizer: str | None = _option(None, "folder, Hub id, or train:N for a byte-level BPE of N entries")
+    val_tokens: int | None = _option(None, "validation tokens of a new dataset (default: a share by document hash)")
+    # the model
+    model: str = _option("gpt2", "named shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo")
+    n_layer: int | None = _option(None, "blocks, instead of the named shape's")
+    n_head: int | None = _option(None, "attention heads, instead of the named shape's")
+    n_embd: int | None = _option(None, "channels, instead of the named shape's")
+    n_positions: int | None = _option(None, "longest sequence in tokens, instead of the named shape's")
+    vocab_size: int | None = _option(None, "token ids, instead of the tokenizer's number of entries", least=1)
+    dropout: float = _option(0.0, "probability on embeddings, attention and residuals")
+    init_from: str | None = _option(None, "checkpoint (ours, stock GPT-2, nanoGPT's .pt) whose weights start the run")
+    # the batch
+    seq_len: int = _option(1024, "tokens in a sequence (T)", least=1)
+    global_batch_tokens: int = _option(524_288, "tokens in an optimizer step, over all processes", least=1)
+    micro_batch_size: int = _option(16, "sequences per process and micro-step (B): what fits the memory", least=1)
+    max_steps: int = _option(19_073, "optimizer steps", least=1)
+    # the optimizer
+    optimizer: str = _option(
+        "adamw", "muon is Muon for the matrices of the blocks and AdamW for the rest", choices=("adamw", "muon")
+    )
+    learning_rate: float = _option(6e-4, "peak learning rate", least=0)
+    muon_learning_rate: float | None = _option(None, "peak rate of Muon's matrices, instead of learning_rate")
+    min_lr_ratio: float = _option(0.1, "lowest rate of the schedule, as a share of the peak")
+    warmup_steps: int = _option(715, "steps of linear warm-up", least=0)
+    schedule: str = _option(
+        "cosine", "what follows the warm-up", choices=("cosine", "constant", "wsd_linear", "wsd_sqrt")
+    )
+    decay_ratio: float = _option(0.2, "share of max_steps that the decay of wsd_linear and wsd_sqrt takes, at the end")
+    weight_decay: float = _option(0.1, "decay of tensors with two or more dimensions", least=0)
+    beta1: float = _option(0.9, "AdamW beta1")
+    beta2: float = _option(0.95, "AdamW beta2")
+    grad_clip: float = _option(1.0, "largest gradient norm; 0 turns clipping off", least=0)
+    on_bad_step: str = _option(
+        "skip", "what a loss or gradient norm that is not finite, or a zero norm, does", choices=("skip", "stop")
+    )
+    outlier_z: float = _option(
+        0.0, "standard deviations above the mean of the last 128 steps that make a step bad; 0 is none", least=0
+    )
+    max_bad_steps: int = _option(10, "bad steps in a row after which the run stops in any case", least=1)
+    # randomness
+    seed: int = _option(1337, "seed of the initialisation, the data order and dropout", least=0)
+    shuffle: bool = _option(True, "a new permutation of all windows every epoch; false reads them in order")
+    # speed and memory
+    mixed_precision: str = _option(
+        "auto", "auto takes the launcher's, else the device's best", choices=("auto", "no", "bf16")
+    )
+    compile: str = _option(
+        "auto", "torch.compile; auto takes the launcher's, else true on CUDA", choices=("auto", "true", "false")
+    )
+    compile_mode: str = _option(
+        "default", "mode of torch.compile; the other tries more kernels",
+        choices=("default", "max-autotune-no-cudagraphs"),
+    )  # fmt: skip
+    attn_implementation: str = _option(
+        "sdpa", "attention kernels", choices=("sdpa", "eager", "flash_attention_2", "flex_attention")
+    )
+    loss_impl: str = _option(
+        "auto", "chunked holds the logits of an eighth of the tokens; auto: chunked on CUDA",
+        choices=("auto", "plain", "chunked"),
+    )  # fmt: skip
+    gradient_checkpointing: bool = _option(False, "recompute activations: less memory, about a third more time")
+    profile_steps: int = _option(0, "steps to profile after the fourth, into output_dir/profile.json", least=0)
+    # cadence
+    eval_every: int = _option(250, "steps between validations; 0 is never", least=0)
+    eval_tokens: int = _option(10_485_760, "tokens in a validation (build-nanogpt: 20 batches of 524,288)", least=1)
+    eval_tasks: tuple[str, ...] = _option((), "benchmarks at every validation: TASK[:STYLE][:LIMIT][=FILE] …")
+    sample_every: int = _option(250, "steps between samples; 0 is never", least=0)
+    sample_prompt: str = _option("Hello, I'm a language model,", "prompt of the samples")
+    sample_tokens: int = _option(32, "new tokens in a sample", least=1)
+    num_samples: int = _option(4, "samples at a time", least=1)
+    save_every: int = _option(1000, "steps between checkpoints; the last step is always saved", least=1)
+    keep_last: int = _option(2, "newest checkpoints that are kept; 0 keeps all", least=0)
+    keep_every: int = _option(0, "steps between checkpoints that are never deleted; 0 is none", least=0)
+    watchdog_minutes: float = _option(30.0, "minutes without a step after which the run ends; 0 is never", least=0)
+    log_with: tuple[str, ...] = _option((), "trackers beside metrics.jsonl: tensorboard, wandb, trackio")
+    hub_repo_id: str | None = _option(None, "OWNER/NAME on the Hub, to which the run pushes checkpoints")
+    hub_every: int = _option(0, "steps between pushes, a multiple of save_every; 0 pushes only the last one", least=0)
+    resume: str = _option("auto", "auto, never, previous (the checkpoint before the newest), or a checkpoint's path")
+
+    def shape(self) -> dict[str, int]:
+        """Sizes of the named model with the recipe's overrides; ValueError for an unknown name."""
+        from configuration_gpt2repro import NAMED_SHAPES  # imports transformers, for which --help need not wait
+
+        if self.model not in NAMED_SHAPES:
+            raise ValueError(f"model is {self.model!r}: give one of {', '.join(NAMED_SHAPES)}")
+        overrides = {name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd", "n_positions")}
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return {"n_positions": 1024, **NAMED_SHAPES[self.model], **given}
+
+    def check(self, *, world_size: int = 1) -> None:
+        """Raise ValueError with everything that is wrong, a line each, before anything is loaded or written."""
+        if problems := [*self._field_problems(), *self._combination_problems(), *self._shape_problems(world_size)]:
+            raise ValueError("\n".join(problems))
+
+    def _field_problems(self) -> typing.Iterator[str]:
+        for item in fields(self):
+            value, choices, least = getattr(self, item.name), item.metadata["choices"], item.metadata["least"]
+            if choices and value not in choices:
+                yield f"{item.name} is {value!r}: give one of {', '.join(choices)}"
+            if least is not None and value is not None and not value >= least:
+                yield f"{item.name} is {value}: give at least {least}"
+        for name in self.log_with:
+            if name not in TRACKERS:
+                yield f"log_with is {name!r}: give one of {', '.join(TRACKERS)}"
+        for name in ("beta1", "beta2", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"{name} is {getattr(self, name)}: give a number from 0 to below 1"
+        if not 0 <= self.min_lr_ratio <= 1:
+            yield f"min_lr_ratio is {self.min_lr_ratio}: give a number from 0 to 1"
+        if not 0 < self.decay_ratio <= 1:
+            yield f"decay_ratio is {self.decay_ratio}: give a number above 0, up to 1"
+
+    def _combination_problems(self) -> typing.Iterator[str]:
+        warmup, steps = self.warmup_steps, self.max_steps
+        if self.schedule.startswith("wsd") and warmup > (1 - self.decay_ratio) * steps:
+            yield (
+                f"warmup_steps={warmup} and a decay over decay_ratio={self.decay_ratio} of max_steps={steps} overlap: "
+                "lower one of them"
+            )
+        if self.muon_learning_rate is not None and (self.optimizer != "muon" or not self.muon_learning_rate > 0):
+            yield (
+                f"muon_learning_rate is {self.muon_learning_rate} with optimizer {self.optimizer}: give a number "
+                "above 0 with optimizer: muon, or leave it out"
+            )
+        if self.optimizer == "muon" and not self.learning_rate > 0:
+            yield f"learning_rate is {self.learning_rate}: muon's is a multiple of it, give a number above 0"
+        if warmup >= steps > 0:
+            yield f"warmup_steps={warmup} leaves nothing of max_steps={steps}: lower it"
+        if len(self.dataset_dir) != 1 and (self.source or not self.dataset_dir):
+            yield f"dataset_dir names {len(self.dataset_dir)} folders: give one to make from source, or no source"
+        if self.source and not self.tokenizer:
+            yield "a source without a tokenizer: give a folder, a Hub id, or train:N"
+        if (self.source == "files") != bool(self.files):
+            yield f"source is {self.source} and files names {len(self.files)}: they go together, --source files"
+        if self.profile_steps > 0 and self.profile_steps + 4 > steps:
+            yield (
+                f"profile_steps={self.profile_steps} are taken after 4 others, max_steps={steps} is less: lower "
+                "profile_steps or raise max_steps"
+            )
+        if self.eval_tasks and not self.eval_every:
+            yield "eval_tasks are scored at every validation, but eval_every is 0: give a number of steps"
+        if self.hub_every and not self.hub_repo_id:
+            yield f"hub_every is {self.hub_every} without a hub_repo_id: give OWNER/NAME, or leave it out"
+        if self.hub_every % max(1, self.save_every):
+            yield f"hub_every={self.hub_every} is not a multiple of save_every={self.save_every}: change one"
+
+    def _shape_problems(self, world_size: int) -> typing.Iterator[str]:
+        from huggingface_hub.errors import StrictDataclassError
+
+        from configuration_gpt2repro import GPT2ReproConfig
+
+        try:
+            shape = self.shape()
+            if self.seq_len > shape["n_positions"]:
+                yield (
+                    f"seq_len={self.seq_len} is longer than the model's n_positions={shape['n_positions']}: lower "
+                    "seq_len or raise n_positions"
+                )
+            if min(self.seq_len, self.global_batch_tokens, self.micro_batch_size) >= 1:
+                self.accumulation_steps(world_size)
+        except ValueError as error:
+            yield str(error)
+            shape = {}
+        try:
+            GPT2ReproConfig(**shape)
+        except StrictDataclassError as error:
+            yield from str(error).split("ValueError: ")[-1].splitlines()
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-steps in an optimizer step: global_batch_tokens / (micro_batch_size * seq_len * world_size).
+
+        Raises:
+            ValueError: it does not divide; the micro-batch sizes that do are named.
+        """
+        B, T, tokens = self.micro_batch_size, self.seq_len, self.global_batch_tokens
+        if tokens % (B * T * world_size) == 0:
+            return tokens // (B * T * world_size)
+        problem = f"global_batch_tokens={tokens} is not a multiple of {B} * {T} * {world_size} = {B * T * world_size}"
+        problem += " (micro_batch_size * seq_len * processes)"
+        sequences, rest = divmod(tokens, T * world_size)
+        if rest or not sequences:
+            nearest = max(1, round(tokens / (T * world_size))) * T * world_size
+            raise ValueError(f"{problem}: no micro batch size divides it; the nearest that works is {nearest}")
+        divisors = [b for b in range(1, sequences + 1) if sequences % b == 0]
+        raise ValueError(f"{problem}: give a micro_batch_size of {', '.join(map(str, divisors))}")
+
+
+def parse_recipe(argv: list[str], *, default: str | Path) -> Recipe:
+    """The recipe that a command line asks for; without arguments the one in `default`.
+
+    Raises:
+        UsageError: unknown fields, values of the wrong type, an unreadable recipe; one line each, all together.
+    """
+    known, unknown = _parser(default).parse_known_args(argv)
+    given = vars(known)
+    path = given.pop("recipe", None) or (default if not argv else None)
+    problems = [_unknown(word, "flag") for word in unknown if word.startswith("--")]
+    if unknown and not problems:
+        problems = [f"{' '.join(unknown)!r} stands alone on the command line: flags are --field value"]
+    settings = (_read_yaml(Path(path), problems) if path else {}) | given
+    values, hints = {}, typing.get_type_hints(Recipe)
+    for name, value in settings.items():
+        try:
+            values[name] = _convert(value, hints[name])
+        except (TypeError, ValueError, InvalidOperation):
+            problems.append(f"{name} is {value!r}: expected {_spoken(hints[name])}")
+    if problems:
+        raise UsageError("\n".join(problems))
+    return Recipe(**values)
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """The resolved recipe as YAML: running it again runs the same."""
+    # To go back to a checkpoint is asked for once, not at every later start.
+    settings = {**asdict(recipe), "resume": "auto"}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _parser(default: str | Path) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        description="Pre-train a GPT-2. Every field of a recipe is also a flag.",
+    )  # fmt: skip
+    parser.add_argument("--recipe", metavar="YAML", help=f"the recipe to start from (without any argument: {default})")
+    for item in fields(Recipe):
+        default_value = item.default[0] if isinstance(item.default, tuple) and item.default else item.default
+        shown = f"; one of {', '.join(item.metadata['choices'])}" if item.metadata["choices"] else ""
+        shown += "" if default_value in (None, ()) else f" (default: {default_value})"
+        names = sorted({f"--{item.name}", f"--{item.name.replace('_', '-')}"}, reverse=True)
+        nargs = "*" if isinstance(item.default, tuple) else None
+        help_line = (item.metadata["help"] + shown).replace("%", "%%")
+        parser.add_argument(*names, dest=item.name, metavar="VALUE", nargs=nargs, help=help_line)
+    return parser
+
+
+def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        # Every scalar is a text, which the field's type converts: YAML itself reads 6e-4 as a text, `no` as false,
+        # 12:30 as 750 and 010 as 8.
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except FileNotFoundError:
+        nearby = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "none"
+        raise UsageError(f"there is no recipe at {path}: recipes beside it: {nearby}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"the recipe {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"the recipe {path} holds {type(content).__name__}: expected lines of the form `field: value`"
+        )
+    known = {item.name for item in fields(Recipe)}
+    problems += [_unknown(str(key), f"recipe key in {path}") for key in content if key not in known]
+    return {key: value for key, value in content.items() if key in known}
+
+
+def _unknown(word: str, what: str) -> str:
+    name = word.lstrip("-").split("=")[0].replace("-", "_")
+    near = difflib.get_close_matches(name, [item.name for item in fields(Recipe)], n=1)
+    return f"unknown {what}: {word}" + (f"; did you mean {near[0]}?" if near else "; --help lists the fields")
+
+
+def _convert(value: str | list[str], hint: Any) -> Any:
+    """A text, or a list of texts, as the type `hint`; an exception if it is none."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    target = next(option for option in options if option is not type(None))
+    if typing.get_origin(target) is tuple:
+        items = [] if value in ("", "null", "~") else value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) and item for item in items):
+            raise ValueError
+        return tuple(items)
+    if not isinstance(value, str):
+        raise TypeError
+    if value in ("", "null", "~") and type(None) in options:
+        return None
+    if target is str:
+        return value
+    if target is bool:
+        if value.lower() not in ("true", "false"):
+            raise ValueError
+        return value.lower() == "true"
+    if target is int:  # 524,288 and 1e9 are whole numbers; 0,5 and 1,00 are none
+        number = Decimal(value.replace(",", "") if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+", value) else value)
+        if number != number.to_integral_value() or abs(number) > 2**63:
+            raise ValueError
+        return int(number)
+    number = float(value)
+    if number - number != 0:  # infinite, or no number
+        raise ValueError
+    return number
+
+
+def _spoken(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return " or ".join(names.get(option, "a list of texts") for option in options)

@@ -1,0 +1,207 @@
+"""The folder of a run: whose it is, what is in it, and the record of how it was made.
+
+    runs/NAME/
+      run.json          recipe, dataset and model, and for every start: time, command, commit, versions, hardware
+      recipe.yaml       the resolved recipe: running it runs the same
+      metrics.jsonl     a row for each step, validation, benchmark and sample (run/metrics.py)
+      step-00005000/    checkpoints, and the link `latest` (run/checkpoints.py)
+      profile.json, curves.png
+
+Nobody outside this package knows these names. A run that has claimed its folder holds the directory itself: it stays
+the run's after `mv`, and another folder with the old name is not touched.
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from gpt2repro.files import write_whole
+from gpt2repro.recipe import DEFINING_FIELDS, Recipe, write_recipe
+from gpt2repro.run import checkpoints
+from gpt2repro.run.metrics import MetricsLog, read_metrics
+
+RECORD, RECIPE, METRICS, LOCK = "run.json", "recipe.yaml", "metrics.jsonl", ".lock"
+PROFILE, CURVES = "profile.json", "curves.png"
+
+
+class RunFolder:
+    """The folder of one run. Reading works at any time; writing after `claim`, on the main process."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._given = Path(path)
+        self._descriptor: int | None = None  # of the open directory, once claimed
+        self._lock: FileLock | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where the folder is now.
+
+        Raises:
+            ValueError: the claimed folder was moved away, on a system that does not tell where to.
+        """
+        if self._descriptor is None:
+            return self._given
+        if self._given.exists() and os.path.samestat(os.stat(self._descriptor), self._given.stat()):
+            return self._given
+        link = f"/proc/self/fd/{self._descriptor}"
+        if os.path.lexists(link):
+            return Path(os.readlink(link))
+        raise ValueError(f"{self._given} is not the folder of this run any more: move it back and start again")
+
+    # ---- reading -------------------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Any] | None:
+        """run.json, or None where there is none; ValueError for a damaged one."""
+        file = self.path / RECORD
+        if not file.exists():
+            return None
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            record["recipe"], record["dataset"]["fingerprint"], record["starts"]
+            return record
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file} cannot be read ({error}): give another --output_dir, or put the file back"
+            ) from None
+
+    def rows(self, *, up_to: float = float("inf")) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl, those after step `up_to` left out."""
+        return [row for row in read_metrics(self.path / METRICS) if row["step"] <= up_to]
+
+    def find_checkpoint(self, resume: str) -> Path | None:
+        """The checkpoint that `resume` means; see `checkpoints.find_checkpoint`."""
+        return checkpoints.find_checkpoint(self.path, resume)
+
+    def load(self, checkpoint: Path, recipe: Recipe, *, model: Any, optimizer: Any, fingerprint: str) -> int:
+        """Load a checkpoint of this run, or of another to continue from it; returns its step.
+
+        Raises:
+            ValueError: a damaged checkpoint, one of another dataset, or one at or past the end of the run.
+        """
+        record = checkpoints.load_checkpoint(checkpoint, model=model, optimizer=optimizer)
+        if record["dataset_fingerprint"] != fingerprint:
+            raise ValueError(f"{checkpoint} was trained on another dataset: start from its weights with --init_from")
+        step, end = record["step"], recipe.max_steps
+        if step > end or (step == end and checkpoint.parent != self.path.resolve()):
+            raise ValueError(f"{checkpoint} is at step {step}, max_steps is {end}: give more steps")
+        return step
+
+    def check(self, recipe: Recipe, *, dataset: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+        """The record of the run that the folder is to hold, after checking that it holds no other. Writes nothing.
+
+        `dataset` must have a `fingerprint`; `model` is what to record of the network.
+
+        Raises:
+            ValueError: the folder holds another run (what differs is named), something else, or a run that
+                `resume: never` must not touch.
+        """
+        folder, before = self.path, self.record()
+        record: dict[str, Any] = {"recipe": asdict(recipe), "dataset": dataset, "model": model, "starts": []}
+        if before is None:
+            names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+            if names - {LOCK, f".{RECORD}.tmp"}:  # what a kill at the very start leaves
+                raise ValueError(f"output_dir {folder} is not empty and holds no run: give another --output_dir")
+            return record
+        if recipe.resume == "never":
+            raise ValueError(f"output_dir {folder} holds a run and resume is never: give another --output_dir")
+        old, new = asdict(Recipe()) | before["recipe"], record["recipe"]  # a newer field had its default
+        differing = [f"{name} is {old[name]!r} there and {new[name]!r} here"
+                     for name in DEFINING_FIELDS if old[name] != new[name]]  # fmt: skip
+        if before["dataset"]["fingerprint"] != dataset["fingerprint"]:
+            differing.append("the dataset is another one")
+        if differing:
+            raise ValueError(
+                f"output_dir {folder} holds another run ({'; '.join(differing)}): give another --output_dir, "
+                "the same values to resume it, or delete it to begin again"
+            )
+        return record | {"starts": before["starts"]}
+
+    # ---- writing -------------------------------------------------------------------------------------------
+
+    def claim(self, recipe: Recipe, *, dataset: dict[str, Any], model: dict[str, Any], world_size: int) -> None:
+        """Make the folder this run's until the process ends: lock it, and write run.json and recipe.yaml.
+
+        Raises:
+            ValueError: what `check` refuses, a folder that cannot be written, or one that another process trains in.
+        """
+        try:
+            self._given.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._given, os.O_RDONLY)
+            self._lock = FileLock(self.path / LOCK)
+            self._lock.acquire(timeout=0)
+            record = self.check(recipe, dataset=dataset, model=model)  # once more: nobody else can write now
+            record["starts"].append(_start(world_size))
+            write_whole(self.path / RECORD, json.dumps(record, indent=2) + "\n")
+            write_recipe(recipe, self.path / RECIPE)
+        except Timeout:
+            raise ValueError(f"another process trains in {self._given}: end it, or give another folder") from None
+        except OSError as error:
+            raise ValueError(
+                f"output_dir {self._given} cannot be written ({error}): give another --output_dir"
+            ) from error
+
+    def resume_from(self, checkpoint: Path | None, *, step: int) -> None:
+        """Make `checkpoint`, of step `step`, the newest of the run; see `checkpoints.resume_from`."""
+        checkpoints.resume_from(self.path, checkpoint, step=step)
+
+    @property
+    def profile(self) -> Path:
+        """The file for the trace of a few steps."""
+        return self.path / PROFILE
+
+    def open_metrics(self, *, step: int, max_steps: int) -> MetricsLog:
+        """metrics.jsonl without the rows after `step`."""
+        return MetricsLog(self.path / METRICS, step=step, max_steps=max_steps)
+
+    def save(self, step: int, recipe: Recipe, *, fingerprint: str, **what: Any) -> Path:
+        """Save a checkpoint; called on every process, see `checkpoints.save_checkpoint`."""
+        state = {"tokens": step * recipe.global_batch_tokens, "dataset_fingerprint": fingerprint}
+        keep = {"keep_last": recipe.keep_last, "keep_every": recipe.keep_every}
+        return checkpoints.save_checkpoint(self.path, step, state=state, **keep, **what)
+
+    def release(self) -> None:
+        """Let others have the folder. A process that is killed lets them have it too."""
+        if self._lock is not None:
+            (self.path / LOCK).unlink(missing_ok=True)
+            self._lock.release()
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _start(world_size: int) -> dict[str, Any]:
+    """When, with what and on what this start of the run happened."""
+    cuda = torch.cuda.is_available()
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": shlex.join(sys.argv),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain")),
+        "processes": world_size,
+        "hardware": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "accelerate", "safetensors", "numpy")},
+        },
+    }
+
+
+def _git(*command: str) -> str | None:
+    """What git says of the checkout that the running script stands in, or None outside of one."""
+    folder = Path(sys.argv[0]).resolve().parent
+    try:
+        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

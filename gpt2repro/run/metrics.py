@@ -1,0 +1,128 @@
+"""What a run reports: rows of metrics.jsonl, numbers for the trackers, lines on the terminal."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import GeneralTracker
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 10.0  # of training steps, where standard error is no terminal
+
+
+class MetricsLog:
+    """metrics.jsonl, the record of a run: a row is {"step", "kind": train / val / sample / …, …}.
+
+    Opening it for a resumed run drops the rows after `step`, so that no step stands in it twice, and lines that a kill
+    cut off. On every process but the main one (`path` None) it writes nothing. `trackers` are Accelerate's, which get
+    the numbers of every row as `kind/name` (`eval/TASK/name`). A row of training steps moves the bar on a terminal; in
+    a log it is a line now and then.
+    """
+
+    def __init__(
+        self, path: Path | None, *, step: int = 0, max_steps: int = 0, trackers: Sequence[GeneralTracker] = ()
+    ) -> None:
+        self._file: FileIO | None = None
+        self.trackers = trackers
+        self._bar = tqdm(total=max_steps, initial=step, unit="step", disable=None if path and max_steps else True)
+        self._shown = -math.inf
+        if path is None:
+            return
+        # Without a checkpoint a run begins anew, and with it what was measured before its first step.
+        kept = [row for row in read_metrics(path) if row["step"] <= step] if step else []
+        aside = path.with_name(f".{path.name}.tmp")
+        aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(aside, path)
+        self._file = FileIO(path, "a")  # no buffer: after an error nothing is left to be written at the exit
+
+    def write(self, step: int, kind: str, **values: Any) -> None:
+        """One row, flushed at once; a number that is not finite becomes null, which JSON can say.
+
+        Raises:
+            ValueError: the row cannot be written.
+        """
+        if self._file is None:
+            return
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        row = (json.dumps({"step": step, "kind": kind, **values}) + "\n").encode()
+        try:
+            while row:  # a full disk takes a part and refuses the rest
+                row = row[self._file.write(row) :]
+        except OSError as error:
+            raise ValueError(
+                f"{self._file.name} cannot be written ({error.strerror}); the checkpoints are untouched: "
+                "make room and run the same command again"
+            ) from error
+        prefix = f"{kind}/{values['task']}" if "task" in values else kind
+        numbers = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
+        for tracker in self.trackers if numbers else ():
+            tracker.log(numbers, step=step)
+        self._show(step, kind, values)
+
+    def show(self, text: str) -> None:
+        """Lines on standard output, above the bar."""
+        if self._file is not None:
+            tqdm.write(text)
+
+    def close(self) -> None:
+        """The end of the run: the bar and the trackers are finished."""
+        self._bar.close()
+        for tracker in self.trackers:
+            tracker.finish()
+
+    def _show(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        if kind == "train":
+            line = f"loss {values['loss'] or math.nan:.4f}, {values.get('tokens_per_second', 0):,.0f} tokens/s"
+            self._bar.set_postfix_str(line, refresh=False)
+            self._bar.update()
+            if not self._bar.disable or time.monotonic() - self._shown < SECONDS_BETWEEN_LINES:
+                return
+            self._shown = time.monotonic()
+            lines = [line]
+        else:
+            lines = row_text(kind, values)
+        for line in lines:
+            self.show(f"step {step:>6}  {line}")
+
+
+def row_text(kind: str, values: dict[str, Any]) -> list[str]:
+    """A row of metrics.jsonl as lines for a person."""
+    match kind:
+        case "val":
+            loss = math.nan if values["loss"] is None else values["loss"]
+            return [f"validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700.0)):,.1f}"]
+        case "eval":
+            return [", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())]
+        case "sample":
+            return [f"sample: {' '.join(text.split())}" for text in values["texts"]]
+        case "checkpoint":
+            return [f"saved in {values['seconds']:.1f} s"]
+        case "push":
+            outcome = f"to {values['url']}" if "url" in values else f"failed: {values['error']}"
+            return [f"push of step {values['checkpoint_step']} {outcome}"]
+        case "bad_step":
+            return [f"not applied: {values['reason']}"]
+        case "warning":
+            return [f"warning: {values['text']}"]
+    return []
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, none where there is no such file.
+
+    A line that is no row, as a kill or a full disk leaves one, is left out.
+    """
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.keys() >= {"step", "kind"}:
+            rows.append(row)
+    return rows

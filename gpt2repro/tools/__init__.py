@@ -1,0 +1,1 @@
+"""Commands around a run: doctor, sweep, report, inspect, app, verify."""

@@ -1,0 +1,1 @@
+"""How a run trains: launch, optimizer, schedule, safety, the first-step check, estimates."""

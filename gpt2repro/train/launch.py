@@ -1,0 +1,153 @@
+"""What the launcher asked for, what the device can, and what the recipe says: one answer, or an error that names both.
+
+An explicit recipe value holds. `auto` takes what `accelerate launch` asks for (a flag's or a yaml's), else the best
+that the device has. Accelerate's own default `no` is no asking.
+"""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers.utils import logging as transformers_logging
+
+from gpt2repro.recipe import Recipe
+
+
+def start_accelerator(recipe: Recipe) -> Accelerator:
+    """The Accelerator of this process, after checking that the launcher started what it was asked for.
+
+    Raises:
+        ValueError: several processes asked for and one started; a launcher that contradicts the recipe; a tracker
+            that is not installed (Accelerate would leave it out with a warning).
+    """
+    use_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    # `accelerate launch --cpu --num_processes 2` sets an address for the others, but starts none of them.
+    several = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if several and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "accelerate launch was asked for several processes and started one (it does so for --cpu): "
+            "use --config_file accelerate_configs/cpu_2proc.yaml, or torchrun --nproc_per_node 2"
+        )
+    for tracker in recipe.log_with:
+        if tracker not in map(str, get_available_trackers()):
+            raise ValueError(f"log_with is {tracker}, which is not installed: pip install {tracker}, or leave it out")
+    if use_cpu:
+        use_huge_pages()
+    precision = _mixed_precision(recipe, use_cpu=use_cpu)
+    accelerator = Accelerator(
+        cpu=use_cpu,
+        mixed_precision=precision,
+        dynamo_backend="no",  # the script compiles the raw model itself, before prepare
+        fsdp_plugin=_sharding(precision),
+        log_with=list(recipe.log_with) or None,
+        project_dir=recipe.output_dir,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            # Beyond the watchdog's minutes, which NCCL's own ten would always come before.
+            InitProcessGroupKwargs(timeout=timedelta(minutes=max(60.0, 2 * recipe.watchdog_minutes))),
+        ],
+    )
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != world_size:
+        raise ValueError(
+            f"{world_size} processes were asked for and {accelerator.num_processes} is what this one sees: "
+            "start them with accelerate launch --config_file accelerate_configs/….yaml, or torchrun"
+        )
+    plain = accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if not (plain or accelerator.is_fsdp2):
+        raise ValueError(
+            f"the launcher asks for {accelerator.distributed_type.value}: DDP and FSDP2 are supported; use "
+            "accelerate_configs/ddp_8gpu.yaml or fsdp2_8gpu.yaml"
+        )
+    asked = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1))
+    derived = recipe.accumulation_steps(world_size)
+    if asked not in (1, derived):
+        raise ValueError(
+            f"the launcher asks for gradient_accumulation_steps={asked}, the recipe's batch gives {derived}: "
+            "leave it out of the launcher's configuration, or change global_batch_tokens or micro_batch_size"
+        )
+    accelerator.gradient_accumulation_steps = 1  # the loop divides by its own; Accelerate must not divide again
+    transformers_logging.disable_progress_bar()  # a bar for every file of every checkpoint
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+    return accelerator
+
+
+def use_huge_pages() -> None:
+    """Let PyTorch ask Linux for 2 MB pages on a CPU, unless the environment says otherwise.
+
+    A step allocates gigabytes afresh, and 4 KB pages are a fault each: 63 ms for 154 MB instead of 16. PyTorch reads
+    the variable at its first allocation, so this must come before any tensor.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def loss_form(recipe: Recipe, device: torch.device) -> str:
+    """The form of the loss, plain or chunked: the recipe's word, else chunked where memory is the card's."""
+    if recipe.loss_impl != "auto":
+        return recipe.loss_impl
+    return "chunked" if device.type == "cuda" else "plain"
+
+
+def compile_in_place(model: Any, recipe: Recipe, accelerator: Accelerator) -> bool:
+    """Compile the network where the recipe or the launcher asks for it, before `prepare`; returns whether it did.
+
+    In place: one graph, clean state-dict keys, and no_sync keeps working. DDPOptimizer would split the graph at every
+    bucket. FSDP2 gathers between the blocks, so there each block is a graph.
+    """
+    if not compile_wanted(recipe, accelerator.device):
+        return False
+    torch._dynamo.config.optimize_ddp = False
+    for part in model.transformer.h if accelerator.is_fsdp2 else [model]:
+        part.compile(fullgraph=True, dynamic=False, mode=recipe.compile_mode)
+    return True
+
+
+def compile_wanted(recipe: Recipe, device: torch.device) -> bool:
+    """Whether to compile: the recipe's word, else the launcher's, else on CUDA (a CPU needs a C++ compiler for it)."""
+    asked = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if asked not in ("no", "inductor"):
+        raise ValueError(f"the launcher asks for dynamo_backend={asked}: only inductor is supported")
+    if recipe.compile == "false" and asked == "inductor":
+        raise ValueError(
+            "compile is false in the recipe, the launcher asks for dynamo_backend=inductor: change one of them"
+        )
+    if recipe.compile == "auto":
+        return asked == "inductor" or device.type == "cuda"
+    return recipe.compile == "true"
+
+
+def _sharding(precision: str) -> FullyShardedDataParallelPlugin | None:
+    """What the launcher says of FSDP, but with gradients summed and kept in fp32 as DDP does (Accelerate: in bf16)."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+        return None
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=bf16 if precision == "bf16" else None)
+
+
+def _mixed_precision(recipe: Recipe, *, use_cpu: bool) -> str:
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", "bf16"):
+        raise ValueError(
+            f"the launcher asks for mixed_precision={asked}: this loop has no loss scaling; ask for bf16 or no"
+        )
+    if recipe.mixed_precision == "auto":
+        return asked if asked != "no" else _best_precision(use_cpu=use_cpu)
+    if asked not in ("no", recipe.mixed_precision):
+        raise ValueError(
+            f"mixed_precision is {recipe.mixed_precision} in the recipe, the launcher asks for {asked}: "
+            "change one of them"
+        )
+    return recipe.mixed_precision
+
+
+def _best_precision(*, use_cpu: bool) -> str:
+    """bf16 where the hardware computes in it: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX; else fp32."""
+    if use_cpu:
+        return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"

@@ -1,1 +1,0 @@
-"""A run: its recipe, optimizer, schedule, checkpoints, metrics and guards."""

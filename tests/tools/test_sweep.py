@@ -1,0 +1,124 @@
+"""A sweep of real runs: what it starts, passes over, resumes and writes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from statistics import fmean, stdev
+
+import pytest
+import yaml
+
+from gpt2repro.tools.sweep import grid, main, table
+from tests.conftest import ENVIRONMENT, ROOT, TINY, train_rows
+
+VALUES = ("0.001", "0.003")
+
+
+@pytest.fixture(scope="module")
+def sweep(tiny_dataset, tmp_path_factory):
+    """A function that runs the sweep command over a tiny recipe; returns what it printed."""
+    folder = tmp_path_factory.mktemp("sweep")
+    recipe = {**TINY, "dataset_dir": str(tiny_dataset), "max_steps": 4}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+
+    def run(*extra: str, exit_code: int = 0) -> str:
+        command = [sys.executable, "-m", "gpt2repro.tools.sweep", str(folder / "tiny.yaml"),
+                   "--output", str(folder / "out"), *extra]  # fmt: skip
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=1200,
+            env={**os.environ, **ENVIRONMENT},
+        )  # fmt: skip
+        assert done.returncode == exit_code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    run.output = folder / "out"
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(sweep):
+    return sweep("--set", f"learning_rate={','.join(VALUES)}", "--seeds", "2")
+
+
+def test_every_setting_and_seed_is_a_run_of_its_own(sweep, finished):
+    for value in VALUES:
+        for seed in (1337, 1338):
+            run = sweep.output / f"learning_rate={value}" / f"seed-{seed}"
+            assert train_rows(run).keys() == {1, 2, 3, 4}
+            recipe = json.loads((run / "run.json").read_text())["recipe"]
+            assert (recipe["learning_rate"], recipe["seed"]) == (float(value), seed)
+
+
+def test_the_table_has_the_mean_and_spread_of_the_runs_final_losses_best_first(sweep, finished):
+    results = json.loads((sweep.output / "sweep.json").read_text())
+    for result in results:
+        folder = sweep.output / f"learning_rate={result['setting']['learning_rate']}"
+        losses = [train_rows(folder / f"seed-{seed}", "val")[4]["loss"] for seed in (1337, 1338)]
+        assert result["losses"] == losses
+        assert (result["mean"], result["std"]) == (fmean(losses), stdev(losses))
+        assert f"| {fmean(losses):.4f} | {stdev(losses):.4f} | 2 |" in finished
+    lines = [line for line in finished.splitlines() if line.startswith("| 0.")]
+    assert len(lines) == 2
+    assert lines == sorted(lines, key=lambda line: float(line.split(" | ")[1]))
+    assert (sweep.output / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_command_passes_over_what_is_finished_and_goes_on_with_what_is_not(sweep, finished):
+    done, broken = (sweep.output / f"learning_rate={value}" / "seed-1337" for value in VALUES)
+    expected = train_rows(broken)[4]["loss"]
+    shutil.rmtree(broken / "step-00000004")
+    before = json.loads((done / "run.json").read_text())
+    again = sweep("--set", f"learning_rate={','.join(VALUES)}", "--seeds", "2")
+    assert again == finished
+    assert json.loads((done / "run.json").read_text()) == before
+    assert len(json.loads((broken / "run.json").read_text())["starts"]) == 2
+    assert train_rows(broken)[4]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_finished_run_of_another_recipe_is_not_taken_for_this_ones(sweep, finished):
+    output = sweep("--set", "learning_rate=0.001", "--beta1", "0.8", exit_code=1)
+    assert "seed-1337 failed (error: output_dir" in output
+    assert "beta1 is 0.9 there and 0.8 here" in output
+    assert "beta1 is 0.9 there and 0.8 here" in (sweep.output / "learning_rate=0.001" / "seed-1337.log").read_text()
+
+
+def test_an_unknown_field_is_an_error_before_anything_starts(sweep, finished):
+    output = sweep("--set", "learning_rat=1,2", "--output", str(sweep.output / "new"), exit_code=2)
+    assert output == "error: unknown flag: --learning_rat; did you mean learning_rate?\n"
+    assert not (sweep.output / "new").exists()
+
+
+def test_a_grid_is_every_combination_of_its_fields():
+    assert grid(["a=1,2", "b-c=x"]) == [{"a": "1", "b_c": "x"}, {"a": "2", "b_c": "x"}]
+    with pytest.raises(ValueError, match="--set a=1,: give FIELD=VALUE"):
+        grid(["a=1,"])
+
+
+def test_a_setting_whose_runs_failed_stands_last_in_the_table():
+    sound = {"setting": {"lr": "1"}, "mean": 3.0, "std": None, "losses": [3.0]}
+    broken = {"setting": {"lr": "9"}, "mean": None, "std": None, "losses": []}
+    assert table([broken, sound]).splitlines()[2:] == ["| 1 | 3.0000 | – | 1 |", "| 9 | – | – | 0 |"]
+
+
+def test_a_run_that_was_stopped_is_the_last_one_that_starts(sweep, monkeypatch):
+    started = []
+
+    def stopped_by_a_signal(argv, recipe, jobs):
+        started.append(recipe.output_dir)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gpt2repro.tools.sweep.run", stopped_by_a_signal)
+    recipe, output = sweep.output.parent / "tiny.yaml", sweep.output.parent / "stopped"
+    command = ["sweep", str(recipe), "--set", "learning_rate=1e-3,2e-3", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(KeyboardInterrupt):
+        main()
+    assert len(started) == 1
+
+
+def test_runs_at_one_time_need_a_dataset_that_is_there(sweep, tmp_path):
+    fields = ["--source", "python-docs", "--tokenizer", "train:512", "--dataset_dir", str(tmp_path / "none")]
+    printed = sweep("--set", "learning_rate=1e-3,2e-3", "--jobs", "2", *fields, exit_code=2)
+    assert f"error: {tmp_path / 'none'} is not prepared" in printed
