@@ -53,13 +53,10 @@ except ImportError:
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 # Keywords that `forward` passes on to the attention functions and to the library's output capturing. It refuses all
 # others: an unknown name that is swallowed is an argument that was renamed or mistyped.
-PASSED_ON = {
-    *TransformersKwargs.__optional_keys__,
-    "debug_io", "debug_io_dir", "prune_layers",
-    # continuous batching
-    "max_seqlen_q", "max_seqlen_k", "read_index", "write_index", "block_table", "logits_indices",
-    "logits_processor_args",
-} - {"output_router_logits", "position_ids"}  # fmt: skip
+CONTINUOUS_BATCHING = {"max_seqlen_q", "max_seqlen_k", "read_index", "write_index", "block_table", "logits_indices",
+                       "logits_processor_args"}  # fmt: skip
+PASSED_ON = {*TransformersKwargs.__optional_keys__, *CONTINUOUS_BATCHING, "debug_io", "debug_io_dir", "prune_layers"}
+PASSED_ON -= {"output_router_logits", "position_ids"}
 
 
 def residual_projection(n_in: int, n_out: int) -> nn.Linear:
@@ -134,7 +131,7 @@ class GPT2ReproAttention(nn.Module):
         )  # each (B, H, T, D)
         if isinstance(cache, Cache) or (cache is not None and CACHE == "cache"):
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-        elif cache is not None:  # continuous batching before 5.24, where the attention function updates its paged cache
+        elif cache is not None:  # continuous batching before 5.24: the attention function updates the paged cache
             kwargs["cache"] = cache
         is_causal = self.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
@@ -205,7 +202,7 @@ def chunked_cross_entropy(hidden_states, weight, targets, *, padded_rows, chunk,
         logits = hidden @ head.t()  # (chunk, padded_rows)
         logits[:, V:] = -math.inf
         log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-        loss -= (log_p.gather(1, target) * kept).sum()
+        loss = loss - (log_p.gather(1, target) * kept).sum()
         if with_gradients:  # of the logits: p - 1 at the target, p elsewhere
             # Subtracted in fp32: bf16 rounds a p of 0.998 and more to 1, and the target's gradient would be zero.
             grad = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=log_p.dtype)).to(head.dtype)
@@ -221,8 +218,8 @@ class WithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loss, hidden_states, weight, grad_hidden, grad_weight):
-        # Only inputs are saved. torch 2.11 compiles a Function that saves what it computed itself into a backward
-        # that returns zeros, without an error.
+        # The Function computes nothing itself. torch 2.11 compiles one that builds its output in place (`loss -= …`)
+        # into a backward that returns zeros, without an error.
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss.clone()
@@ -322,8 +319,8 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         if attention_mask is None and cache is None and position_ids is None and is_sdpa(self.config):
             mask = None  # sdpa is told is_causal; while compiling, the library would make a mask
         else:
-            # By position, because 5.24 renames the cache. It is the caller's: with a new one the library would not look
-            # for packed texts. The positions are the caller's too: an arange would make a mask where none is needed.
+            # By position, because 5.24 renames the cache. It is the caller's: with a new one the library would not
+            # look for packed texts. So are the positions: an arange would make a mask where none is needed.
             mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         position_ids = self._checked_positions(position_ids, inputs_embeds, cache)
         if use_cache and cache is None:

@@ -109,7 +109,9 @@ def train(recipe: Recipe) -> int:
     on_main_process(accelerator, take_folder)
     rows = folder.rows(up_to=first_step)
     log.trackers = start_trackers(accelerator, recipe, name=folder.path.name)
-    log.show(description(recipe, accelerator, raw, data, first_step, checkpoint, compiled=compiled, loss_impl=loss_impl))
+    resumed = f", resumed from {checkpoint}" if checkpoint else ""
+    log.show(f"{recipe.output_dir}: step {first_step} to {recipe.max_steps}{resumed}")
+    log.show(description(recipe, accelerator, raw, data, compiled=compiled, loss_impl=loss_impl))
     log.show(checked)
 
     # ---- the loop ------------------------------------------------------------------------------------------
@@ -216,19 +218,14 @@ def model_facts(model: torch.nn.Module) -> dict[str, int]:
     return {"parameters": model.num_parameters(), **{name: getattr(model.config, name) for name in sizes}}
 
 
-def description(
-    recipe: Recipe, accelerator: Accelerator, raw, data, first_step: int, checkpoint: Path | None, *, compiled: bool,
-    loss_impl: str,
-) -> str:  # fmt: skip
-    """What is about to happen, before the first step."""
-    processes, precision = accelerator.num_processes, accelerator.mixed_precision
-    resumed = f", resumed from {checkpoint}" if checkpoint else ""
+def description(recipe: Recipe, accelerator: Accelerator, raw, data, *, compiled: bool, loss_impl: str) -> str:
+    """What is about to be trained, on what, and what it needs."""
+    processes, precision, loader = accelerator.num_processes, accelerator.mixed_precision, data.loader
     return (
-        f"{recipe.output_dir}: {raw.num_parameters():,} parameters, {data.loader.stream.tokens:,} training tokens, "
-        f"step {first_step} to {recipe.max_steps}{resumed}\n"
-        f"{processes} x {accelerator.device.type}, {precision} mixed precision, {'compiled' if compiled else 'eager'}; "
-        f"{recipe.global_batch_tokens:,} tokens a step = {processes} processes x {data.loader.accumulation} micro-steps "
-        f"x {recipe.micro_batch_size} sequences x {recipe.seq_len} tokens\n"
+        f"{raw.num_parameters():,} parameters, {loader.stream.tokens:,} training tokens; {processes} x "
+        f"{accelerator.device.type}, {precision} mixed precision, {'compiled' if compiled else 'eager'}\n"
+        f"{recipe.global_batch_tokens:,} tokens a step = {processes} processes x {loader.accumulation} micro-steps x "
+        f"{recipe.micro_batch_size} sequences x {recipe.seq_len} tokens\n"
         + memory_report(
             recipe, raw.config, accelerator.device, processes=processes, n_parameters=raw.num_parameters(),
             bf16=precision == "bf16", chunked_loss=loss_impl == "chunked",

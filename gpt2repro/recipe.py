@@ -9,6 +9,7 @@ HfArgumentParser's, because all errors of a recipe are reported together and `--
 
 import argparse
 import difflib
+import math
 import re
 import types
 import typing
@@ -128,7 +129,7 @@ class Recipe:
     hub_every: int = _option(0, "steps between pushes, a multiple of save_every; 0 pushes only the last one", least=0)
     resume: str = _option("auto", "auto, never, previous (the checkpoint before the newest), or a checkpoint's path")
 
-    def shape(self) -> dict[str, int]:
+    def shape(self) -> dict[str, Any]:
         """Sizes of the named model with the recipe's overrides; ValueError for an unknown name."""
         from configuration_gpt2repro import NAMED_SHAPES  # imports transformers, for which --help need not wait
 
@@ -162,6 +163,8 @@ class Recipe:
             yield f"decay_ratio is {self.decay_ratio}: give a number above 0, up to 1"
 
     def _combination_problems(self) -> typing.Iterator[str]:
+        if not self.output_dir:
+            yield "output_dir is empty: give a folder"
         warmup, steps = self.warmup_steps, self.max_steps
         if self.schedule.startswith("wsd") and warmup > (1 - self.decay_ratio) * steps:
             yield (
@@ -324,18 +327,20 @@ def _convert(value: str | list[str], hint: Any) -> Any:
     if value in ("", "null", "~") and type(None) in options:
         return None
     if target is str:
+        if value in ("null", "~"):
+            raise ValueError
         return value
     if target is bool:
         if value.lower() not in ("true", "false"):
             raise ValueError
         return value.lower() == "true"
     if target is int:  # 524,288 and 1e9 are whole numbers; 0,5 and 1,00 are none
-        number = Decimal(value.replace(",", "") if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+", value) else value)
-        if number != number.to_integral_value() or abs(number) > 2**63:
+        whole = Decimal(value.replace(",", "") if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+", value) else value)
+        if not whole.is_finite() or whole != whole.to_integral_value() or abs(whole) > 2**63:
             raise ValueError
-        return int(number)
+        return int(whole)
     number = float(value)
-    if number - number != 0:  # infinite, or no number
+    if not math.isfinite(number):
         raise ValueError
     return number
 

@@ -104,8 +104,8 @@ def save_checkpoint(
 def resume_from(run_dir: Path, found: Path | None, *, step: int) -> None:
     """Make `found`, of step `step`, the newest checkpoint of the run; on the main process, before anything is saved.
 
-    What a kill left of a save is deleted. Later checkpoints of a run that goes back are renamed to abandoned-…, so that a
-    later `resume: auto` does not take them for the newest.
+    What a kill left of a save is deleted. Later checkpoints of a run that goes back are renamed to abandoned-…, so
+    that a later `resume: auto` does not take them for the newest.
 
     Raises:
         ValueError: `latest` is no link.

@@ -166,9 +166,9 @@ class RunFolder:
 
     def save(self, step: int, recipe: Recipe, *, fingerprint: str, **what: Any) -> Path:
         """Save a checkpoint; called on every process, see `checkpoints.save_checkpoint`."""
-        state = {"tokens": step * recipe.global_batch_tokens, "dataset_fingerprint": fingerprint}
-        keep = {"keep_last": recipe.keep_last, "keep_every": recipe.keep_every}
-        return checkpoints.save_checkpoint(self.path, step, state=state, **keep, **what)
+        what["state"] = {"tokens": step * recipe.global_batch_tokens, "dataset_fingerprint": fingerprint}
+        what["keep_last"], what["keep_every"] = recipe.keep_last, recipe.keep_every
+        return checkpoints.save_checkpoint(self.path, step, **what)
 
     def release(self) -> None:
         """Let others have the folder. A process that is killed lets them have it too."""

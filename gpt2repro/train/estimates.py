@@ -1,16 +1,16 @@
 """What a run needs and should reach, by arithmetic: memory, model FLOPs, and the loss of GPT-2 124M on FineWeb-Edu.
 
-Memory: the activations are counted tensor by tensor, and a test compares them with what autograd really keeps. The peak of
-the loss, the allocator's losses and what a compiler saves are estimated, so the sum is a good guess and no more.
+Memory: activations are counted tensor by tensor, and a test compares them with what autograd really keeps. The peak of
+the loss, the allocator's losses and what a compiler saves are not counted exactly: the sum is a good guess.
 
-Expected loss: the middle of the band is one complete public log, the validation losses of build-nanogpt's recipe (AdamW,
-batches of 524,288 tokens) in log/log.txt of github.com/ashegde/build-nanoGPT. Its width comes from what is known of other
-runs:
+Expected loss: the middle of the band is one complete public log, the validation losses of build-nanogpt's recipe
+(AdamW, batches of 524,288 tokens) in log/log.txt of github.com/ashegde/build-nanoGPT. Its width comes from what is
+known of other runs:
 
 - 8 % above: in build-nanogpt's pull request 30 a sound run has 6.16 after 250 steps (the log: 5.93) and 4.15 after
   1000, one whose gradients were not synchronised 6.43 and 4.88. A public run that went wrong ended at 3.40 (the log:
   3.04), four sound ones at 3.03 to 3.09. The band ends at 3.29: all of these fall on the right side.
-- 20 % below: better optimizers are meant to be faster, but a loss below that comes from a run that saw its validation text.
+- 20 % below: better optimizers are meant to be faster, but a run below that has seen its validation text.
 """
 
 import math

@@ -45,10 +45,10 @@ class StopSignal:
 class BadSteps:
     """The rule for a bad step: no update, and the run skips it or stops.
 
-    A step is bad if its loss or gradient norm is not finite, if its gradient norm is exactly zero, and with `outlier_z`
-    above 0 if one of them lies that many standard deviations above the mean of the last OUTLIER_WINDOW steps, itself
-    included (llm.c's rule for both; before that many steps nothing is an outlier). `rows` are a resumed run's rows of
-    metrics.jsonl so far: the bad steps at their end count for `max_bad_steps`.
+    A step is bad if its loss or gradient norm is not finite, or if its gradient norm is exactly zero. With `outlier_z`
+    above 0 it is also bad if one of them lies that many standard deviations above the mean of the last OUTLIER_WINDOW
+    steps, itself included (llm.c's rule; before that many steps nothing is an outlier). `rows` are a resumed run's
+    rows of metrics.jsonl so far: the bad steps at their end count for `max_bad_steps`.
     """
 
     def __init__(self, recipe: Recipe, rows: Sequence[dict[str, Any]] = ()) -> None:
