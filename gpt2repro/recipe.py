@@ -203,18 +203,21 @@ class Recipe:
 
         from configuration_gpt2repro import GPT2ReproConfig
 
+        if min(self.seq_len, self.global_batch_tokens, self.micro_batch_size) >= 1:
+            try:
+                self.accumulation_steps(world_size)
+            except ValueError as error:
+                yield str(error)
         try:
             shape = self.shape()
-            if self.seq_len > shape["n_positions"]:
-                yield (
-                    f"seq_len={self.seq_len} is longer than the model's n_positions={shape['n_positions']}: lower "
-                    "seq_len or raise n_positions"
-                )
-            if min(self.seq_len, self.global_batch_tokens, self.micro_batch_size) >= 1:
-                self.accumulation_steps(world_size)
         except ValueError as error:
             yield str(error)
-            shape = {}
+            return
+        if self.seq_len > shape["n_positions"]:
+            yield (
+                f"seq_len={self.seq_len} is longer than the model's n_positions={shape['n_positions']}: lower seq_len "
+                "or raise n_positions"
+            )
         try:
             GPT2ReproConfig(**shape)
         except StrictDataclassError as error:

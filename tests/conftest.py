@@ -1,4 +1,4 @@
-"""What all tests share: real data where there is some, a small prepared dataset, and a way to run the script."""
+"""What all tests share: real data where it is present, a small prepared dataset, and a way to run the script."""
 
 import contextlib
 import json
@@ -12,7 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+import tests.strict.sitecustomize  # noqa: F401 (a deprecation of what our own files call is an error)
+
 ROOT = Path(__file__).resolve().parent.parent
+# The same in every process that a test starts.
+STRICT = str(ROOT / "tests" / "strict")
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [STRICT, os.environ.get("PYTHONPATH")]))
 SCRIPT = ROOT / "train_accelerate.py"
 HELD = ROOT / "tests" / "held.py"
 CONFIGS = ROOT / "accelerate_configs"
@@ -75,23 +80,23 @@ class TrainScript:
             env={**os.environ, **ENVIRONMENT, **(env or {})},
         )  # fmt: skip
 
-    def start_held(self, output_dir: Path, place: str, *, processes: int = 1, **settings) -> subprocess.Popen:
-        """The script, started, when all its processes have come to `place` and wait there; see held.py."""
-        held_at = self._held_at(output_dir)
-        came = [Path(f"{held_at}.{rank}") for rank in range(processes)]
-        for file in came:
+    def start_paused(self, output_dir: Path, place: str, *, processes: int = 1, **settings) -> subprocess.Popen:
+        """The script, started, after all its processes have paused at `place`; see held.py."""
+        pause_at = self._pause_at(output_dir)
+        paused = [Path(f"{pause_at}.{rank}") for rank in range(processes)]
+        for file in paused:
             file.unlink(missing_ok=True)
-        held_at.write_text(place)
-        process = self.start(output_dir, processes=processes, script=HELD, env={"HELD_AT": str(held_at)}, **settings)
-        wait_until(lambda: all(file.exists() for file in came), process)
+        pause_at.write_text(place)
+        process = self.start(output_dir, processes=processes, script=HELD, env={"PAUSE_AT": str(pause_at)}, **settings)
+        wait_until(lambda: all(file.exists() for file in paused), process)
         return process
 
-    def let_go(self, output_dir: Path) -> None:
-        """Let a run that waits at its place go on."""
-        self._held_at(output_dir).unlink()
+    def proceed(self, output_dir: Path) -> None:
+        """Let a paused run continue."""
+        self._pause_at(output_dir).unlink()
 
-    def _held_at(self, output_dir: Path) -> Path:
-        return output_dir.with_name(f"{output_dir.name}.held")
+    def _pause_at(self, output_dir: Path) -> Path:
+        return output_dir.with_name(f"{output_dir.name}.pause")
 
     def __call__(self, output_dir: Path, *, exit_code: int = 0, **settings) -> str:
         """A whole run; returns what it printed."""
@@ -102,7 +107,7 @@ class TrainScript:
 
 
 def wait_until(condition: Callable[[], object], process: subprocess.Popen) -> None:
-    """Return when `condition` holds, which must come while the process lives."""
+    """Return when `condition` holds; it must hold while the process is alive."""
     deadline = time.monotonic() + 600
     while True:
         over = process.poll() is not None or time.monotonic() > deadline
@@ -115,7 +120,7 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen) -> No
 
 
 def end(process: subprocess.Popen, *, seconds: float = 600) -> str:
-    """All that a process prints until it ends, which it must do in time."""
+    """Everything that a process prints until it ends, which must be within `seconds`."""
     try:
         return process.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
@@ -141,9 +146,9 @@ def train_script(tiny_dataset) -> TrainScript:
 
 @pytest.fixture(scope="session")
 def unbroken_run(train_script, tmp_path_factory) -> Path:
-    """The folder of a tiny run of one process that nothing interrupted: 8 steps of 2 micro steps of 4 sequences.
+    """The folder of a tiny uninterrupted run of one process: 8 steps of 2 micro-steps of 4 sequences.
 
-    What it printed is in unbroken.log beside it.
+    Its output is in unbroken.log beside it.
     """
     run_dir = tmp_path_factory.mktemp("runs") / "unbroken"
     run_dir.with_suffix(".log").write_text(train_script(run_dir))
@@ -151,7 +156,7 @@ def unbroken_run(train_script, tmp_path_factory) -> Path:
 
 
 def train_rows(run_dir: Path, kind: str = "train") -> dict[int, dict]:
-    """The rows of one kind in a run's metrics, by step; a step that stands there twice is a failure."""
+    """The rows of one kind in a run's metrics, by step; a step with two rows is a failure."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["kind"] == kind]
     assert len({row["step"] for row in rows}) == len(rows)

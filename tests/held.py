@@ -1,7 +1,7 @@
-"""train_accelerate.py that waits where a test says: what the test then does to it falls there on any machine.
+"""train_accelerate.py that pauses where a test says, so that a signal or a kill comes at that place on any machine.
 
-The file $HELD_AT names the place: "step 5" (its beginning), "validation" or "save" (the first that comes, in the midst
-of it). A process that comes there makes $HELD_AT.RANK and waits until $HELD_AT is gone or it is told to stop.
+The file $PAUSE_AT names the place: "step 5" (its beginning), "validation" or "save" (the first one, in the middle of
+it). A process that reaches it writes $PAUSE_AT.RANK and waits until $PAUSE_AT is deleted or a signal asks it to stop.
 """
 
 import os
@@ -9,40 +9,43 @@ import sys
 import time
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_accelerate
+from gpt2repro.eval import in_training
 from gpt2repro.run import checkpoints
 
-HELD_AT = Path(os.environ["HELD_AT"])
+PAUSE_AT = Path(os.environ["PAUSE_AT"])
+signals = []
 
 
-class HeldRun(train_accelerate.Run):
-    def hold(self, place: str) -> None:
-        if HELD_AT.exists() and HELD_AT.read_text() == place:
-            Path(f"{HELD_AT}.{self.rank}").touch()
-            while HELD_AT.exists() and not self.stop.received:
-                time.sleep(0.005)
+class KnownStopSignal(train_accelerate.StopSignal):
+    def __init__(self) -> None:
+        super().__init__()
+        signals.append(self)
 
-    def optimize(self, step: int) -> tuple[float, float, bool]:
-        self.hold(f"step {step}")
-        return super().optimize(step)
 
-    def validate(self, step: int) -> None:
-        self.hold("validation")
-        super().validate(step)
+def pause(place: str) -> None:
+    if PAUSE_AT.exists() and PAUSE_AT.read_text() == place:
+        Path(f"{PAUSE_AT}.{os.environ.get('RANK', 0)}").touch()
+        while PAUSE_AT.exists() and not any(stop.received for stop in signals):
+            time.sleep(0.005)
 
-    def save(self, step: int) -> None:
-        def held_save_file(*arguments) -> None:  # of the optimizer: the weights are in the hidden folder by then
-            self.hold("save")
-            save_file(*arguments)
 
-        checkpoints.save_file = held_save_file
-        super().save(step)
+def pausing(function, place):
+    """`function`, with a pause before it; `place` names it and gets the function's first argument."""
+
+    def paused(first, *arguments, **settings):
+        pause(place(first))
+        return function(first, *arguments, **settings)
+
+    return paused
 
 
 if __name__ == "__main__":
-    train_accelerate.Run = HeldRun
+    train_accelerate.StopSignal = KnownStopSignal
+    train_accelerate.lr_at = pausing(train_accelerate.lr_at, lambda step: f"step {step + 1}")  # it counts from 0
+    in_training.validation_loss = pausing(in_training.validation_loss, lambda model: "validation")
+    # It writes the optimizer's state; the weights are in the hidden folder by then.
+    checkpoints.save_file = pausing(checkpoints.save_file, lambda tensors: "save")
     sys.exit(train_accelerate.main())

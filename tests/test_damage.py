@@ -6,12 +6,11 @@ import resource
 import shutil
 
 import pytest
-from tests.training.test_checkpoints import DAMAGE, content, file_size_limit, flip
-
 import train_accelerate
 from gpt2repro.data.shards import open_dataset
-from gpt2repro.tools.inspect_data import main as inspect
+from gpt2repro.tools.inspect import main as inspect
 from tests.conftest import end, train_rows
+from tests.run.test_checkpoints import DAMAGE, content, file_size_limit, flip
 from tests.test_train import assert_same_bits
 
 
@@ -77,7 +76,7 @@ def test_a_damaged_run_record_is_named_and_left(interrupted_run, train_script, c
     assert content(interrupted_run) == before
 
 
-def test_a_run_goes_on_over_a_dangling_link_a_broken_recipe_and_broken_lines_of_metrics(
+def test_a_run_resumes_with_a_dangling_link_a_broken_recipe_and_broken_lines_of_metrics(
     interrupted_run, train_script, unbroken_run
 ):
     assert not (interrupted_run / "latest").exists()  # it points at step 8, which is gone
@@ -90,7 +89,7 @@ def test_a_run_goes_on_over_a_dangling_link_a_broken_recipe_and_broken_lines_of_
     assert content(interrupted_run)["recipe.yaml"].startswith(b"output_dir: ")
 
 
-def test_a_full_disk_in_a_save_is_one_error_on_each_of_two_processes_and_the_run_goes_on_bit_exactly(
+def test_a_full_disk_in_a_save_is_one_error_on_each_of_two_processes_and_the_run_resumes_bit_exactly(
     interrupted_run, train_script, unbroken_run
 ):
     limit = (interrupted_run / "step-00000006" / "optimizer.safetensors").stat().st_size - 1
@@ -110,10 +109,10 @@ def test_a_full_disk_in_a_save_is_one_error_on_each_of_two_processes_and_the_run
 
 def test_a_metrics_file_that_cannot_grow_is_one_error_and_no_row_is_lost_or_doubled(train_script, tmp_path):
     fields = {"max_steps": 60, "save_every": 20, "eval_every": 0, "n_embd": 8}
-    process = train_script.start_held(tmp_path / "run", "step 25", **fields)
+    process = train_script.start_paused(tmp_path / "run", "step 25", **fields)
     grown = (tmp_path / "run" / "metrics.jsonl").stat().st_size
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (grown + 100, resource.RLIM_INFINITY))
-    train_script.let_go(tmp_path / "run")
+    train_script.proceed(tmp_path / "run")
     output = end(process)
     assert process.returncode == 1, output
     (error,) = [line for line in output.splitlines() if line.startswith("error")]

@@ -1,4 +1,4 @@
-"""The script as people run it: real processes, real checkpoints, kills (signals: training/test_stops.py)."""
+"""The script as people run it: real processes, real checkpoints, kills (signals: train/test_stops.py)."""
 
 import json
 import math
@@ -56,7 +56,8 @@ def test_a_log_gets_lines_and_no_bar(unbroken_run):
 
 
 def test_the_saved_recipe_runs_the_same_again(unbroken_run, train_script, tmp_path):
-    from train_accelerate import DEFAULT_RECIPE, parse_recipe
+    from gpt2repro.recipe import parse_recipe
+    from train_accelerate import DEFAULT_RECIPE
 
     saved = parse_recipe(["--recipe", str(unbroken_run / "recipe.yaml")], default=DEFAULT_RECIPE)
     assert saved == parse_recipe(train_script.flags(unbroken_run), default=DEFAULT_RECIPE)
@@ -80,7 +81,7 @@ def test_one_micro_step_of_eight_equals_eight_of_one(unbroken_run, train_script,
 @pytest.mark.parametrize(("processes", "then"), [(1, 1), (2, 2), (1, 2)])
 def test_resume_after_a_kill_continues_bit_exactly(unbroken_run, train_script, tmp_path, processes, then):
     run_dir = tmp_path / "run"
-    process = train_script.start_held(run_dir, "step 5", processes=processes)
+    process = train_script.start_paused(run_dir, "step 5", processes=processes)
     kill(process)
     end(process)
     assert sorted(path.name for path in run_dir.glob("step-*")) == ["step-00000003"]
@@ -88,7 +89,7 @@ def test_resume_after_a_kill_continues_bit_exactly(unbroken_run, train_script, t
     assert_same_bits(run_dir, unbroken_run)
 
 
-def test_going_back_repeats_the_run_with_the_same_dropout_and_sets_what_was_newer_aside(train_script, tmp_path):
+def test_going_back_repeats_the_run_with_the_same_dropout_and_renames_newer_checkpoints(train_script, tmp_path):
     run_dir = tmp_path / "run"
     train_script(run_dir, dropout=0.1, keep_last=0)
     shutil.copytree(run_dir, tmp_path / "unbroken", symlinks=True)
@@ -109,7 +110,7 @@ def test_compile_validation_hellaswag_and_samples_share_a_run_without_recompilin
     output = train_script(
         tmp_path / "run", compile="true", sample_every=2, sample_tokens=5,
         eval_tasks=f"hellaswag:completion={tmp_path / 'items.jsonl'}",
-        env={"TORCH_LOGS": "recompiles", "PYTHONUNBUFFERED": "1"},  # so that lines stand in the order of what happened
+        env={"TORCH_LOGS": "recompiles", "PYTHONUNBUFFERED": "1"},  # so that lines are in the order of what happened
     )  # fmt: skip
     lines = output.splitlines()
     first_training_step = next(i for i, line in enumerate(lines) if line.startswith("step      1  loss"))
@@ -163,7 +164,8 @@ def test_two_processes_asked_for_and_one_started_is_an_error(train_script, tmp_p
 
 
 def test_without_arguments_the_demo_runs():
-    from train_accelerate import DEFAULT_RECIPE, parse_recipe
+    from gpt2repro.recipe import parse_recipe
+    from train_accelerate import DEFAULT_RECIPE
 
     assert parse_recipe([], default=DEFAULT_RECIPE).output_dir == "runs/demo"
     assert DEFAULT_RECIPE == ROOT / "recipes" / "demo.yaml"

@@ -1,4 +1,4 @@
-"""Checkpoints under attack: damage to every file, a disk that is full at every write, kills."""
+"""Checkpoints: damage to every file, a disk that is full at every write, kills."""
 
 import contextlib
 import json
@@ -19,8 +19,8 @@ from gpt2repro.recipe import Recipe
 from gpt2repro.run.checkpoints import (
     RECORD,
     find_checkpoint,
-    go_on_from,
     load_checkpoint,
+    resume_from,
     save_checkpoint,
     verify_checkpoint,
 )
@@ -165,17 +165,17 @@ def test_folders_that_only_look_like_checkpoints_are_left_alone(training, tmp_pa
 def test_a_run_that_starts_from_another_runs_checkpoint_again_sets_its_own_aside(training, tmp_path):
     start = training.save(tmp_path / "other", 1)
     training.save(tmp_path / "run", 2)
-    go_on_from(tmp_path / "run", find_checkpoint(tmp_path / "run", str(start)), step=1)
+    resume_from(tmp_path / "run", find_checkpoint(tmp_path / "run", str(start)), step=1)
     assert training.save(tmp_path / "run", 2).is_dir()
     assert (tmp_path / "run" / "abandoned-step-00000002" / RECORD).exists()
 
 
-def test_going_on_cleans_up_after_a_kill_and_mends_a_dangling_link(training, tmp_path):
+def test_resuming_deletes_what_a_kill_left_and_repairs_a_dangling_link(training, tmp_path):
     training.save(tmp_path, 1)
     shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000002.tmp")
     (tmp_path / "latest").unlink()
     (tmp_path / "latest").symlink_to("step-00000002")
-    go_on_from(tmp_path, find_checkpoint(tmp_path, "auto"), step=1)
+    resume_from(tmp_path, find_checkpoint(tmp_path, "auto"), step=1)
     assert os.readlink(tmp_path / "latest") == "step-00000001"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
 
@@ -185,7 +185,7 @@ def test_a_latest_that_copying_made_a_folder_is_named(training, tmp_path):
     (tmp_path / "latest").unlink()
     shutil.copytree(tmp_path / "step-00000001", tmp_path / "latest")
     with pytest.raises(ValueError, match=r"latest is a folder, where a link .* belongs: remove it"):
-        go_on_from(tmp_path, find_checkpoint(tmp_path, "auto"), step=1)
+        resume_from(tmp_path, find_checkpoint(tmp_path, "auto"), step=1)
 
 
 # ---- a save that fails ---------------------------------------------------------------------------------------
@@ -261,6 +261,19 @@ def test_a_run_folder_that_was_taken_away_is_an_error_and_not_begun_anew(trainin
             accelerator=training.accelerator, state={}, keep_last=2,
         )  # fmt: skip
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_saved_and_older_checkpoints_stay(tiny_dataset, tmp_path, value):
+    training = Training(tiny_dataset)
+    first = training.save(tmp_path, 1, keep_last=1)
+    before = content(first)
+    with torch.no_grad():
+        training.model.transformer.h[0].mlp.c_fc.weight[3, 5] = value
+    with pytest.raises(ValueError, match=r"step 2 is not saved: transformer\.h\.0\.mlp\.c_fc\.weight is not finite"):
+        training.save(tmp_path, 2, keep_last=1)
+    assert_only(tmp_path, first, before)
+    assert not list(tmp_path.glob(".step-*"))
 
 
 def test_every_file_is_on_the_disk_before_the_checkpoint_gets_its_name_and_older_ones_go(

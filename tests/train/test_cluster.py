@@ -48,7 +48,7 @@ def test_two_launchers_give_what_one_gives_bitwise(unbroken_run, train_script, t
         ]  # fmt: skip
         outputs = [end(launcher) for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
-    assert "256 tokens a step = 2 processes x 1 micro steps" in "".join(outputs)
+    assert "256 tokens a step = 2 processes x 1 micro-steps" in "".join(outputs)
     assert_same_bits(tmp_path / "run", unbroken_run)
 
 
@@ -70,7 +70,7 @@ wait -n; exit $((first > $? ? first : $?))
 
 
 @pytest.mark.slow
-def test_the_slurm_script_saves_before_the_time_limit_requeues_itself_and_goes_on(train_script, tmp_path):
+def test_the_slurm_script_saves_before_the_time_limit_requeues_itself_and_resumes(train_script, tmp_path):
     (tmp_path / "bin").mkdir()
     for name, script in STAND_INS.items():
         (tmp_path / "bin" / name).write_text(script)

@@ -1,4 +1,4 @@
-"""Parameter groups, the updates against PyTorch's optimizers stepped by hand, and runs with Muon that go on."""
+"""Parameter groups, the updates against PyTorch's optimizers stepped by hand, and runs with Muon that resume."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import train_accelerate
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.recipe import Recipe
-from gpt2repro.run.folder import check_run_folder
+from gpt2repro.run.folder import RunFolder
 from gpt2repro.train.optimizer import make_optimizer
 from modeling_gpt2repro import GPT2ReproForCausalLM
 from tests.conftest import train_rows
@@ -107,21 +107,20 @@ def test_muon_updates_equal_those_of_pytorchs_two_optimizers_stepped_by_hand():
 
 
 def test_a_rate_for_muon_without_muon_is_refused():
-    problem = Recipe(muon_learning_rate=1e-2).problems({"n_positions": 1024})
-    assert problem == [
-        "muon_learning_rate is 0.01 with optimizer adamw: give a number above 0 with optimizer: muon, or leave it out"
-    ]
+    with pytest.raises(ValueError, match=r"^muon_learning_rate is 0\.01 with optimizer adamw: .*, or leave it out$"):
+        Recipe(muon_learning_rate=1e-2).check()
 
 
-def test_a_run_from_before_there_was_a_choice_goes_on_with_adamw_alone(tmp_path):
+def test_a_record_without_an_optimizer_is_one_of_adamw(tmp_path):
     facts = {"dataset": {"fingerprint": "f"}, "model": {}}
-    record = check_run_folder(Recipe(output_dir=str(tmp_path)), **facts)
+    folder = RunFolder(tmp_path)
+    record = folder.check(Recipe(), **facts)
     for field in ("optimizer", "muon_learning_rate", "decay_ratio"):
         del record["recipe"][field]
     (tmp_path / "run.json").write_text(json.dumps(record))
-    check_run_folder(Recipe(output_dir=str(tmp_path)), **facts)
+    folder.check(Recipe(), **facts)
     with pytest.raises(ValueError, match="optimizer is 'adamw' there and 'muon' here"):
-        check_run_folder(Recipe(output_dir=str(tmp_path), optimizer="muon"), **facts)
+        folder.check(Recipe(optimizer="muon"), **facts)
 
 
 @pytest.fixture(scope="module")
@@ -147,14 +146,14 @@ def test_with_muon_two_processes_equal_one_bitwise(muon_runs):
 
 
 @pytest.mark.parametrize("processes", [1, 2])  # of what one has saved, which is what two save
-def test_a_run_with_muon_goes_on_bit_exactly(muon_runs, train_script, tmp_path, processes):
+def test_a_run_with_muon_resumes_bit_exactly(muon_runs, train_script, tmp_path, processes):
     run_dir = shutil.copytree(muon_runs[1], tmp_path / "run", symlinks=True)
     shutil.rmtree(run_dir / "step-00000008")
     assert "resumed from" in train_script(run_dir, processes=processes, **MUON)
     assert_same_bits(run_dir, muon_runs[1])
 
 
-def test_a_run_with_muon_does_not_go_on_with_adamw(muon_runs, train_script, capsys):
+def test_a_run_with_muon_does_not_resume_with_adamw(muon_runs, train_script, capsys):
     assert train_accelerate.main(train_script.flags(muon_runs[1])) == 1
     assert "optimizer is 'muon' there and 'adamw' here" in capsys.readouterr().err
 

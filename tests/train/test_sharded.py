@@ -49,7 +49,7 @@ def test_a_sharded_runs_checkpoint_is_a_whole_transformers_checkpoint(sharded_ru
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
-def test_a_sharded_run_resumes_bit_exactly_and_goes_on_unsharded(
+def test_a_sharded_run_resumes_bit_exactly_and_also_unsharded(
     sharded_run, unbroken_run, train_script, sharded, tmp_path
 ):
     for name, settings in (("sharded", sharded), ("whole", {})):
@@ -62,7 +62,7 @@ def test_a_sharded_run_resumes_bit_exactly_and_goes_on_unsharded(
     assert_close(tmp_path / "whole", unbroken_run)
 
 
-def test_an_unsharded_run_goes_on_sharded_in_bf16_with_fp32_weights(unbroken_run, train_script, sharded, tmp_path):
+def test_an_unsharded_run_resumes_sharded_in_bf16_with_fp32_weights(unbroken_run, train_script, sharded, tmp_path):
     run_dir = shutil.copytree(unbroken_run, tmp_path / "run", symlinks=True)
     shutil.rmtree(run_dir / "step-00000008")
     output = train_script(run_dir, mixed_precision="bf16", gradient_checkpointing="true", **sharded)

@@ -29,7 +29,7 @@ class Stopped:
     def start(self, place: str | int, **settings) -> subprocess.Popen:
         """The run, held at `place`, of which a number is a step."""
         place = f"step {place}" if isinstance(place, int) else place
-        return self.script.start_held(self.folder, place, **settings, **FIELDS)
+        return self.script.start_paused(self.folder, place, **settings, **FIELDS)
 
     def saved(self) -> int:
         return max((int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*")), default=0)
@@ -116,7 +116,7 @@ def test_sigterm_to_some_of_two_processes_stops_both_at_one_step(run, signalled)
     for process in processes:
         process.send_signal(signal.SIGTERM)
     if launcher not in processes:  # it passes the signal on to both
-        run.script.let_go(run.folder)
+        run.script.proceed(run.folder)
     run.assert_saved_and_stopped(launcher, step, exit_code=1)  # the launcher's own, whatever the script's was
 
 
@@ -126,7 +126,7 @@ def test_a_killed_rank_ends_the_run_within_a_minute(run, killed):
     launcher = run.start(run.saved() + 2, processes=2, launcher=launch)
     ranks = ranks_of(launcher)
     ranks[killed].kill()
-    run.script.let_go(run.folder)
+    run.script.proceed(run.folder)
     output = end(launcher, seconds=60)
     assert launcher.returncode == 1, output
     assert not psutil.wait_procs(ranks, timeout=10)[1]
@@ -142,8 +142,8 @@ def test_after_all_stops_the_run_ends_with_the_bits_of_the_unbroken_one(run, unb
 
 def test_a_second_signal_ends_a_long_step_at_once(train_script, tmp_path):
     run_dir = tmp_path / "run"
-    process = train_script.start_held(run_dir, "step 1", global_batch_tokens=256 * 20_000, eval_every=0)
-    train_script.let_go(run_dir)
+    process = train_script.start_paused(run_dir, "step 1", global_batch_tokens=256 * 20_000, eval_every=0)
+    train_script.proceed(run_dir)
     process.send_signal(signal.SIGTERM)
     time.sleep(ONE_STOP_SECONDS + 2)  # with room for a busy machine, which may deliver the first one late
     assert process.poll() is None
@@ -160,8 +160,8 @@ def test_a_signal_while_the_first_step_compiles_saves_that_step_and_the_run_goes
     fields = {"compile": "true", "eval_every": 0}
     train_script(tmp_path / "unbroken", **fields)
     run_dir = tmp_path / "run"
-    process = train_script.start_held(run_dir, "step 1", **fields)
-    train_script.let_go(run_dir)
+    process = train_script.start_paused(run_dir, "step 1", **fields)
+    train_script.proceed(run_dir)
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     assert not (run_dir / "metrics.jsonl").read_text()

@@ -1,4 +1,4 @@
-"""The rules that keep a run safe: outliers, and the watchdog in a process that really hangs."""
+"""Bad steps, the watchdog in a process that really hangs, and trackers."""
 
 import math
 import os
@@ -18,9 +18,17 @@ from gpt2repro.train.safety import OUTLIER_WINDOW, BadSteps
 from tests.conftest import ROOT, train_rows
 
 
-def history(steps: int, seed: int = 0) -> list[dict]:
+def history(steps: int, *, seed: int = 0, first: int = 1) -> list[dict]:
+    """Rows of metrics.jsonl of `steps` good steps."""
     draw = random.Random(seed)
-    return [{"loss": 3 + draw.gauss(0, 0.02), "grad_norm": 0.4 + draw.gauss(0, 0.01)} for _ in range(steps)]
+    return [{"step": step, "kind": "train", "loss": 3 + draw.gauss(0, 0.02), "grad_norm": 0.4 + draw.gauss(0, 0.01)}
+            for step in range(first, first + steps)]  # fmt: skip
+
+
+def bad(step: int, loss: float | None = None) -> list[dict]:
+    """The two rows of a bad step, in the order in which a run writes them."""
+    return [{"step": step, "kind": "bad_step", "reason": "…"},
+            {"step": step, "kind": "train", "loss": loss, "grad_norm": 0.4}]  # fmt: skip
 
 
 def test_a_loss_or_gradient_far_above_the_last_128_steps_is_bad():
@@ -42,12 +50,28 @@ def test_no_step_is_an_outlier_when_the_rule_is_off_or_the_window_not_full():
 
 
 def test_a_resumed_run_judges_as_the_unbroken_one():
-    rows = [*history(160), {"loss": None, "grad_norm": 0.4}, *history(60, seed=1)]
+    rows = [*history(160), bad(161)[1], *history(60, seed=1, first=162)]
     unbroken = BadSteps(Recipe(outlier_z=2.0, max_bad_steps=100))
     judged = [unbroken.reason(step, r["loss"] or math.nan, r["grad_norm"]) for step, r in enumerate(rows, start=1)]
     resumed = BadSteps(Recipe(outlier_z=2.0, max_bad_steps=100), rows[:200])
     assert judged[200:] == [resumed.reason(s, r["loss"], r["grad_norm"]) for s, r in enumerate(rows[200:], start=201)]
     assert any(judged[200:]) and not all(judged[200:])
+
+
+@pytest.mark.parametrize(("loss", "grad_norm"), [(math.nan, 1.0), (3.0, math.inf), (3.0, math.nan), (3.0, 0.0)])
+def test_a_loss_or_norm_that_is_not_finite_and_a_norm_of_zero_are_bad(loss, grad_norm):
+    assert BadSteps(Recipe()).reason(1, loss, grad_norm) == f"loss {loss}, gradient norm {grad_norm}"
+
+
+def test_bad_steps_before_a_resume_count_for_max_bad_steps():
+    recipe = Recipe(max_bad_steps=3)
+    two_at_the_end = [*bad(1), *history(5, first=2), *bad(7), {"step": 7, "kind": "checkpoint"}, *bad(8)]
+    rule = BadSteps(recipe, two_at_the_end)
+    assert rule.reason(9, math.nan, 1.0)
+    with pytest.raises(ValueError, match="4 in a row are more than max_bad_steps=3"):
+        rule.reason(10, math.nan, 1.0)
+    rule = BadSteps(recipe, [*two_at_the_end, *history(1, first=9)])  # a good step ended them
+    assert all(rule.reason(step, math.nan, 1.0) for step in (10, 11, 12))
 
 
 def test_on_bad_step_stop_ends_the_run_at_the_first():
@@ -71,7 +95,7 @@ def test_the_watchdog_names_where_a_process_hangs_and_ends_it():
     assert "wait_for_ever" in done.stderr
 
 
-def test_the_watchdog_leaves_a_process_alone_that_makes_progress():
+def test_the_watchdog_does_not_end_a_process_that_makes_progress():
     code = (
         "import os, signal, threading, time\n"
         "from gpt2repro.train.safety import Watchdog\n"

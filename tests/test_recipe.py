@@ -1,0 +1,124 @@
+"""Values of a recipe as people write them, in YAML and as flags: the right value, or one error."""
+
+import pytest
+
+from gpt2repro.command import UsageError
+from gpt2repro.recipe import Recipe, parse_recipe, write_recipe
+from tests.conftest import ROOT
+
+# A field, its text in YAML and as a flag, and its value.
+VALUES = [
+    ("learning_rate", "6e-4", 6e-4),
+    ("learning_rate", "1", 1.0),
+    ("mixed_precision", "no", "no"),
+    ("compile", "true", "true"),
+    ("output_dir", "12:30", "12:30"),
+    ("output_dir", "20251125_10", "20251125_10"),
+    ("output_dir", "0x10", "0x10"),
+    ("output_dir", "2025-11-25", "2025-11-25"),
+    ("warmup_steps", "010", 10),
+    ("global_batch_tokens", "524,288", 524_288),
+    ("global_batch_tokens", "524_288", 524_288),
+    ("max_steps", "1e9", 1_000_000_000),
+    ("seed", "9007199254740993", 2**53 + 1),
+    ("seed", "9223372036854775807", 2**63 - 1),
+    ("shuffle", "False", False),
+    ("n_layer", "null", None),
+    ("n_layer", "~", None),
+    ("muon_learning_rate", "null", None),
+    ("init_from", "null", None),
+]
+# A field, its text, and what is expected instead.
+MISTAKES = [
+    ("learning_rate", "0,0006", "a number"),
+    ("learning_rate", "6e-4x", "a number"),
+    ("learning_rate", "null", "a number"),
+    ("max_steps", "12:30", "a whole number"),
+    ("max_steps", "0x10", "a whole number"),
+    ("max_steps", "52,4288", "a whole number"),
+    ("max_steps", "0,5", "a whole number"),
+    ("max_steps", "1e-3", "a whole number"),
+    ("seed", "9007199254740993.5", "a whole number"),
+    ("n_layer", "many", "a whole number or null"),
+    ("shuffle", "no", "true or false"),
+    ("output_dir", "null", "a text"),
+]
+
+
+def by_flag(*words: str) -> Recipe:
+    return parse_recipe(list(words), default="none.yaml")
+
+
+@pytest.fixture
+def by_yaml(tmp_path):
+    """The recipe that a YAML file with this text is."""
+
+    def parse(text: str) -> Recipe:
+        (tmp_path / "recipe.yaml").write_text(text)
+        return parse_recipe(["--recipe", str(tmp_path / "recipe.yaml")], default="none.yaml")
+
+    return parse
+
+
+@pytest.mark.parametrize(("name", "text", "value"), VALUES)
+def test_a_value_has_the_type_of_its_field(by_yaml, name, text, value):
+    for recipe in (by_yaml(f"{name}: {text}"), by_flag(f"--{name}", text)):
+        assert getattr(recipe, name) == value
+        assert type(getattr(recipe, name)) is type(value)
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), MISTAKES)
+def test_a_value_of_another_type_is_one_error(by_yaml, name, text, expected):
+    for parse in (lambda: by_yaml(f"{name}: {text}"), lambda: by_flag(f"--{name}", text)):
+        with pytest.raises(UsageError) as error:
+            parse()
+        assert str(error.value) == f"{name} is {text!r}: expected {expected}"
+
+
+def test_a_list_may_be_one_text_several_or_none(by_yaml):
+    assert by_yaml("dataset_dir: data/a").dataset_dir == ("data/a",)
+    assert by_yaml("dataset_dir: [data/a, 2025_11]").dataset_dir == ("data/a", "2025_11")
+    assert by_flag("--dataset_dir", "a", "b").dataset_dir == ("a", "b")
+    for empty in (by_yaml("files:"), by_yaml("files: null"), by_yaml("files: []"), by_flag("--files")):
+        assert empty.files == ()
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--files", ""], "files is ['']: expected a list of texts"),
+        (["--files", "a.txt", ""], "files is ['a.txt', '']: expected a list of texts"),
+        (["--learning_rate", ""], "learning_rate is '': expected a number"),
+    ],
+)
+def test_an_empty_value_is_one_error(flags, problem):
+    with pytest.raises(UsageError) as error:
+        by_flag(*flags)
+    assert str(error.value) == problem
+
+
+def test_an_empty_folder_is_one_error_and_an_empty_prompt_is_none():
+    with pytest.raises(ValueError, match="^output_dir is empty: give a folder$"):
+        by_flag("--output_dir", "", "--sample_prompt", "").check()
+
+
+def test_a_list_or_a_mapping_is_no_number(by_yaml):
+    with pytest.raises(UsageError) as error:
+        by_yaml("warmup_steps: [1]\nseed: {a: 1}\nfiles: {a: 1}")
+    assert str(error.value).splitlines() == [
+        "warmup_steps is ['1']: expected a whole number",
+        "seed is {'a': '1'}: expected a whole number",
+        "files is {'a': '1'}: expected a list of texts",
+    ]
+
+
+def test_a_written_recipe_is_read_as_the_same_and_resumes_automatically(tmp_path):
+    recipe = by_flag(
+        "--recipe", str(ROOT / "recipes" / "demo.yaml"), "--resume", "previous", "--seed", str(2**53 + 1),
+        "--learning_rate", "1e-5", "--mixed_precision", "no", "--sample_prompt", " To be:\nor # not? ’",
+        "--output_dir", "010", "--eval_tasks", "hellaswag", "piqa:harness", "--muon_learning_rate", "null",
+    )  # fmt: skip
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    again = by_flag("--recipe", str(tmp_path / "recipe.yaml"))
+    assert again.resume == "auto"
+    assert by_flag("--recipe", str(tmp_path / "recipe.yaml"), "--resume", "previous") == recipe
