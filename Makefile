@@ -7,8 +7,10 @@ RUN ?= runs/demo
 # make bench OUT=DIR BENCH="--dataset DIR --hellaswag FILE --tokenizer DIR"
 OUT ?= runs/bench
 BENCH ?=
+# make matrix MATRIX="floor newest"; --docs writes the rows into docs/compatibility.md
+MATRIX ?=
 
-.PHONY: demo test check slow bench verify-gpt2 clean
+.PHONY: demo test check slow matrix bench verify-gpt2 clean
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -17,13 +19,16 @@ BENCH ?=
 
 demo: .venv/.installed  ## train a small GPT-2 on Python's own documentation, draw its curves, let it write
 	$(PY) train_accelerate.py --recipe recipes/demo.yaml $(DEMO)
-	$(PY) -m eval.report $(RUN) --output $(RUN)/curves.png
+	$(PY) -m gpt2repro.tools.report $(RUN) --output $(RUN)/curves.png
 
 test: .venv/.installed  ## every test but the long campaigns
 	$(PY) -m pytest -q
 
 slow: .venv/.installed  ## the long campaigns
 	$(PY) -m pytest -q -m slow
+
+matrix:  ## the tests that touch the libraries, with their oldest, pinned and newest releases and on a bare image
+	$(PYTHON) tests/matrix.py $(MATRIX)
 
 check: .venv/.installed  ## lint and types
 	.venv/bin/ruff check .
@@ -33,7 +38,7 @@ bench:  ## checks, then every benchmark of this machine; no .venv, since a bare 
 	$(PYTHON) -m benchmarks.gpu_suite --output $(OUT) $(BENCH)
 
 verify-gpt2: .venv/.installed  ## the released GPT-2 124M through conversion and scoring; needs the network
-	$(PY) -m eval.verify_gpt2
+	$(PY) -m gpt2repro.tools.verify
 
 clean:
-	rm -rf .venv runs data build dist *.egg-info
+	rm -rf .venv .matrix runs data build dist *.egg-info
