@@ -7,6 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2repro.hub.convert import from_stock
+from modeling_gpt2repro import CACHE
 from tests.compatibility.conftest import SHAPE
 
 
@@ -49,9 +50,7 @@ def test_generation_goes_on_from_a_cache_and_starts_from_embeddings(pair, ids):
     settings = {"do_sample": False, "return_dict_in_generate": True}
     begun = ours.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, **settings)
     mask = torch.ones_like(begun.sequences)
-    ended = ours.generate(
-        begun.sequences, attention_mask=mask, past_key_values=begun.past_key_values, max_new_tokens=11, **settings
-    )
+    ended = ours.generate(begun.sequences, attention_mask=mask, max_new_tokens=11, **{CACHE: begun[CACHE]}, **settings)
     assert torch.equal(ended.sequences, expected)
     embedded = ours.generate(inputs_embeds=ours.get_input_embeddings()(ids), max_new_tokens=16, **settings)
     assert torch.equal(embedded.sequences, expected[:, ids.shape[1] :])

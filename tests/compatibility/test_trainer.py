@@ -1,16 +1,21 @@
 """Transformers' `Trainer` drives the model as it drives its own."""
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
 from configuration_gpt2repro import GPT2ReproConfig
+from gpt2repro.hub.convert import from_stock
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32, "vocab_size": 64}
+# The library's name for gradient checkpointing since 5.24, or the one before.
+NAMES = {field.name for field in fields(TrainingArguments)}
+RECOMPUTE = "activation_checkpointing" if "activation_checkpointing" in NAMES else "gradient_checkpointing"
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +47,7 @@ def train(folder, *, resume=None, count: int = 64, **settings):
 
 def test_it_trains_in_bf16_with_accumulation_and_gradient_checkpointing(tmp_path):
     _, losses = train(
-        tmp_path, bf16=True, gradient_checkpointing=True, per_device_train_batch_size=4,
+        tmp_path, bf16=True, **{RECOMPUTE: True}, per_device_train_batch_size=4,
         gradient_accumulation_steps=2, max_steps=40,
     )  # fmt: skip
     assert abs(losses[0] - math.log(64)) < 0.3
@@ -67,3 +72,19 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(tmp_path):
     resumed, again = train(tmp_path / "b", resume=str(tmp_path / "b" / "checkpoint-3"), max_steps=6, **settings)
     assert again == losses
     assert all(torch.equal(a, b) for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True))
+
+
+def evaluated(model, folder, **settings) -> dict:
+    arguments = TrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, per_device_eval_batch_size=4, **settings
+    )
+    return Trainer(model=model, args=arguments, eval_dataset=windows(12)).evaluate()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_evaluate_reports_the_eval_loss_of_stock_gpt2_also_with_label_smoothing(tmp_path, smoothing):
+    set_seed(0)
+    stock = GPT2LMHeadModel(GPT2Config(**SHAPE, bos_token_id=0, eos_token_id=0, initializer_range=0.2))
+    ours = from_stock(stock)
+    losses = [evaluated(model, tmp_path, label_smoothing_factor=smoothing)["eval_loss"] for model in (ours, stock)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
