@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ from gpt2repro.train.profile import step_profiler
 from gpt2repro.train.safety import BadSteps, StopSignal, Watchdog, explanation
 from gpt2repro.train.schedule import lr_at
 
-DEFAULT_RECIPE = Path(__file__).with_name("recipes") / "demo.yaml"
+DEFAULT_RECIPE = Path(str(files("gpt2repro.recipes") / "demo.yaml"))  # recipes/ of the checkout or the wheel
 
 
 def main(argv: list[str] | None = None) -> int:

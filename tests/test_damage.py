@@ -6,6 +6,7 @@ import resource
 import shutil
 
 import pytest
+
 import train_accelerate
 from gpt2repro.data.shards import open_dataset
 from gpt2repro.tools.inspect import main as inspect

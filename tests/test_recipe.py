@@ -98,7 +98,7 @@ def test_an_empty_value_is_one_error(flags, problem):
 
 
 def test_an_empty_folder_is_one_error_and_an_empty_prompt_is_none():
-    with pytest.raises(ValueError, match="^output_dir is empty: give a folder$"):
+    with pytest.raises(ValueError, match=r"^output_dir is empty: give a folder$"):
         by_flag("--output_dir", "", "--sample_prompt", "").check()
 
 

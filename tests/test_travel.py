@@ -1,18 +1,18 @@
-"""A checkpoint away from home: in fresh processes, in an empty folder, without the checkout on any path."""
+"""A checkpoint and the wheel without the checkout: in fresh processes and an empty folder."""
 
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import venv
-import zipfile
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
 
-# An editable install would let the checkout be found after all.
+# An editable install would make the checkout importable.
 FORGET_THE_CHECKOUT = """
 import sys, importlib.util
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
@@ -114,31 +114,78 @@ assert type(AutoModel.from_pretrained("checkpoint")) is modeling_gpt2repro.GPT2R
     )
 
 
-def test_the_wheel_in_an_empty_venv_is_two_modules_and_one_package(tmp_path):
-    source = shutil.copytree(
-        ROOT, tmp_path / "source",
-        ignore=shutil.ignore_patterns(".*", "runs", "data", "tests", "build", "dist", "*.egg-info", "__pycache__"),
-    )  # fmt: skip
-    # `data` is also a room of the package.
-    shutil.copytree(
-        ROOT / "gpt2repro" / "data", source / "gpt2repro" / "data", ignore=shutil.ignore_patterns("__pyc*")
-    )
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A virtual environment with nothing but the wheel of this checkout in it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    ignored = shutil.ignore_patterns(".*", "runs", "tests", "build", "dist", "*.egg-info", "__pycache__", "*.npy")
+    source = shutil.copytree(ROOT, folder / "source", ignore=ignored)
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source],
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source],
         check=True, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
-    (wheel,) = tmp_path.glob("*.whl")
-    top = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
-    assert {name for name in top if not name.endswith(".dist-info")} == {
-        "configuration_gpt2repro.py", "modeling_gpt2repro.py", "gpt2repro",
-    }  # fmt: skip
-    venv.create(tmp_path / "venv", with_pip=False)
+    (wheel,) = folder.glob("*.whl")
+    venv.create(folder / "venv", with_pip=False)
     subprocess.run(
-        [sys.executable, "-m", "pip", "--python", tmp_path / "venv", "install", "--quiet", "--no-deps", wheel],
+        [sys.executable, "-m", "pip", "--python", folder / "venv", "install", "--quiet", "--no-deps", wheel],
         check=True, timeout=600,
     )  # fmt: skip
-    (site_packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    return folder / "venv"
+
+
+def run_installed(installed: Path, folder: Path, *command: str) -> str:
+    """What a program of the environment prints that runs in `folder`; the libraries come from this environment."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    done = subprocess.run(
+        [installed / "bin" / command[0], *command[1:]], cwd=folder, capture_output=True, text=True, timeout=600,
+        env={**env, "PYTHONPATH": sysconfig.get_path("purelib"), "OMP_NUM_THREADS": "1", "COLUMNS": "1000"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_wheel_is_three_modules_and_one_package_with_every_file(installed):
+    (site_packages,) = installed.glob("lib/python*/site-packages")
     assert {path.name for path in site_packages.iterdir() if path.suffix != ".dist-info"} - {"__pycache__"} == {
-        "configuration_gpt2repro.py", "modeling_gpt2repro.py", "gpt2repro",
+        "configuration_gpt2repro.py", "modeling_gpt2repro.py", "train_accelerate.py", "gpt2repro",
     }  # fmt: skip
-    python("import modeling_gpt2repro, gpt2repro.recipe, gpt2repro.hub.convert", tmp_path, paths=(site_packages,))
+    package = site_packages / "gpt2repro"
+    expected = {str(path.relative_to(ROOT / "gpt2repro")) for path in ROOT.glob("gpt2repro/**/*.py")}
+    expected |= {str(path.relative_to(ROOT)) for path in [*ROOT.glob("eval/*.py"), *ROOT.glob("recipes/*.yaml")]}
+    found = {str(path.relative_to(package)) for path in package.rglob("*") if path.suffix in (".py", ".yaml")}
+    assert found == expected
+
+
+def test_the_installed_command_lists_its_commands_and_trains_with_the_recipe_inside(installed, tmp_path):
+    listed = run_installed(installed, tmp_path, "gpt2repro", "--help")
+    assert "eval hellaswag" in listed and "usage: gpt2repro COMMAND" in listed
+    trained = run_installed(installed, tmp_path, "gpt2repro", "train", "--help")
+    assert trained.startswith("usage: gpt2repro train ")
+    (recipe,) = installed.glob("lib/python*/site-packages/gpt2repro/recipes/demo.yaml")
+    assert str(recipe) in trained
+
+
+def test_every_installed_command_explains_itself_in_an_empty_folder(installed, tmp_path):
+    """All in one process, because the imports of the libraries take most of the time."""
+    code = """
+from contextlib import redirect_stdout
+from io import StringIO
+from gpt2repro import command
+for name in command.COMMANDS:
+    printed = StringIO()
+    try:
+        with redirect_stdout(printed):
+            command.main([*name.split(), "--help"])
+    except SystemExit as end:
+        assert end.code == 0, name
+    assert printed.getvalue().startswith("usage: "), name
+import train_accelerate
+assert "site-packages" in train_accelerate.__file__
+"""
+    run_installed(installed, tmp_path, "python", "-c", code)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["train_accelerate", "gpt2repro.eval.hellaswag", "gpt2repro.hub.convert"])
+def test_an_installed_module_runs_with_python_m(installed, tmp_path, module):
+    assert "usage: " in run_installed(installed, tmp_path, "python", "-m", module, "--help")

@@ -1,4 +1,4 @@
-"""The folder of a run: one process writes in it, a moved folder stays the run's, another run's folder stays unchanged."""
+"""The folder of a run: one process writes in it, it may be moved, and another run's folder stays unchanged."""
 
 import json
 import os
@@ -128,7 +128,7 @@ def test_a_folder_that_a_kill_left_at_the_very_start_can_be_claimed(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="output_dir .*file/run cannot be written .*: give another --output_dir"):
+    with pytest.raises(ValueError, match=r"output_dir .*file/run cannot be written .*: give another --output_dir"):
         claimed(tmp_path / "file" / "run")
 
 

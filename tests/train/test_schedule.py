@@ -65,5 +65,6 @@ def test_constant_stays_at_the_peak():
 
 def test_a_decay_that_overlaps_the_warmup_is_refused():
     recipe = Recipe(schedule="wsd_sqrt", max_steps=100, warmup_steps=30, decay_ratio=0.8)
-    with pytest.raises(ValueError, match="^warmup_steps=30 and a decay over decay_ratio=0.8 of max_steps=100 overlap: "):
+    problem = r"^warmup_steps=30 and a decay over decay_ratio=0\.8 of max_steps=100 overlap: "
+    with pytest.raises(ValueError, match=problem):
         recipe.check()
