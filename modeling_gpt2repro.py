@@ -12,6 +12,7 @@ Shapes: B sequences, T tokens each, C = n_embd channels, H = n_head heads of D =
 """
 
 import math
+import warnings
 from dataclasses import fields
 
 import torch
@@ -313,7 +314,10 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if cache is not None and past_key_values is not None:
             raise ValueError("cache and past_key_values are two names of one argument: give one of them")
-        cache = past_key_values if cache is None else cache
+        if past_key_values is not None:
+            if CACHE == "cache" and not torch.compiler.is_compiling():
+                warnings.warn("`past_key_values` is deprecated: give `cache`", FutureWarning, stacklevel=2)
+            cache = past_key_values
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)  # (B, T, C)
         if attention_mask is None and cache is None and position_ids is None and is_sdpa(self.config):

@@ -1,16 +1,21 @@
 """The network against stock GPT-2: shapes, numbers, initialisation, loss, generation."""
 
+import copy
 import math
+import warnings
 
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, StaticCache
+from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel, StaticCache
 
+import modeling_gpt2repro
 from configuration_gpt2repro import NAMED_SHAPES, GPT2ReproConfig
-from gpt2repro.hub.convert import from_stock
-from modeling_gpt2repro import GPT2ReproForCausalLM, halved_attention, halves_are_faster
+from gpt2repro.hub.convert import TRANSPOSED, from_stock
+from gpt2repro.hub.initial import recompute_activations
+from modeling_gpt2repro import CACHE, GPT2ReproForCausalLM, halved_attention, halves_are_faster
 
 TINY = {"n_layer": 3, "n_head": 4, "n_embd": 64, "n_positions": 64, "vocab_size": 300}
 
@@ -202,19 +207,16 @@ def test_logits_to_keep_computes_only_those_positions(pair):
 
 
 def test_gradient_checkpointing_changes_no_gradient(pair):
-    _, ours = pair
+    ours = from_stock(pair[0]).train()
     ids = some_ids(2, 20)
     gradients = []
-    ours.train()
     for enabled in (False, True):
         if enabled:
-            ours.gradient_checkpointing_enable()
+            recompute_activations(ours)
         torch.manual_seed(0)  # dropout is on: the second pass must draw what the first one drew
         ours(ids, labels=ids, skip_logits=True, use_cache=False).loss.backward()
         gradients.append([p.grad for p in ours.parameters()])
         ours.zero_grad()
-    ours.gradient_checkpointing_disable()
-    ours.eval()
     for kept, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, kept, atol=1e-7, rtol=1e-5)
 
@@ -273,3 +275,122 @@ def test_a_sequence_longer_than_n_positions_is_refused(pair):
 def test_skip_logits_without_targets_is_refused(pair):
     with pytest.raises(ValueError, match="give labels or shift_labels"):
         pair[1](some_ids(1, 4), skip_logits=True)
+
+
+# ---- what the library and its users pass to `forward` ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_both_names_of_the_cache_continue_a_text(pair, name, monkeypatch):
+    monkeypatch.setattr(warnings, "warn", lambda *arguments, **options: None)  # since 5.24 one name is deprecated
+    stock, ours = pair
+    ids = some_ids(2, 20)
+    with torch.no_grad():
+        first = ours(ids[:, :12], use_cache=True)
+        second = ours(ids[:, 12:], use_cache=True, **{name: first[CACHE]})
+        torch.testing.assert_close(second.logits, stock(ids).logits[:, 12:], atol=1e-5, rtol=1e-5)
+    assert second[CACHE].get_seq_length() == 20
+    with pytest.raises(ValueError, match="two names of one argument"):
+        ours(ids, cache=first[CACHE], past_key_values=first[CACHE])
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_generate_continues_from_a_cache_under_both_names(pair, name, monkeypatch):
+    monkeypatch.setattr(warnings, "warn", lambda *arguments, **options: None)
+    _, ours = pair
+    ids = some_ids(1, 12)
+    whole = ours.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    with torch.no_grad():
+        seen = ours(ids[:, :8], use_cache=True)[CACHE]
+    if name == "cache" and CACHE != "cache":
+        pytest.skip("this release of the library does not know the name")
+    continued = ours.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0, **{name: seen})
+    assert torch.equal(continued, whole)
+
+
+@pytest.mark.parametrize("name", ["token_type_ids", "encoder_hidden_states", "past_key_value", "shift_label", "foo"])
+def test_a_keyword_that_the_model_does_not_know_is_refused_by_name(pair, name):
+    _, ours = pair
+    for model in (ours, ours.transformer):
+        with pytest.raises(TypeError, match=rf"does not know {name}: .*output_hidden_states"):
+            model(some_ids(1, 5), **{name: None})
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_packed_texts_have_the_logits_that_they_have_alone(pair, implementation, dtype):
+    """Positions that restart, with more tokens in a row than the model has positions."""
+    ours = from_stock(pair[0]).to(dtype)
+    ours.set_attn_implementation(implementation)
+    texts = [some_ids(1, length) for length in (64, 40, 3, 50)]
+    packed = torch.cat(texts, dim=1)
+    positions = torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
+    with torch.no_grad():
+        together = ours(packed, position_ids=positions).logits
+        alone = torch.cat([ours(text).logits for text in texts], dim=1)
+    atol = 1e-5 if dtype == torch.float32 else 0.15
+    torch.testing.assert_close(together.float(), alone.float(), atol=atol, rtol=1e-4)
+
+
+def test_the_librarys_flattening_collator_packs_a_batch(pair):
+    stock, ours = pair
+    rows = [{"input_ids": some_ids(1, length)[0].tolist()} for length in (40, 30, 20)]
+    batch = DataCollatorWithFlattening(return_tensors="pt")(rows)
+    losses, counts = [], []
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        losses.append(stock(ids, labels=ids).loss.item())
+        counts.append(ids.shape[1] - 1)
+    expected = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    assert ours(**batch).loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_positions_past_the_table_are_one_error(pair):
+    _, ours = pair
+    with pytest.raises(ValueError, match="position 64 is past the model's n_positions=64"):
+        ours(some_ids(1, 4), position_ids=torch.tensor([[61, 62, 63, 64]]))
+    with pytest.raises(ValueError, match=r"n_positions=64"):
+        ours.generate(some_ids(1, 60), max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_attention_without_a_causal_mask_is_stock_gpt2s(pair, implementation, dtype):
+    stock = copy.deepcopy(pair[0]).to(dtype)
+    ours = from_stock(pair[0]).to(dtype)
+    for model in (stock, ours):
+        model.set_attn_implementation(implementation)
+    ids = some_ids(2, 20)
+    with torch.no_grad():
+        causal = ours(ids, use_cache=False).logits
+        both = [model(ids, is_causal=False, use_cache=False).logits.float() for model in (ours, stock)]
+    torch.testing.assert_close(*both, atol=1e-5 if dtype == torch.float32 else 0.15, rtol=1e-4)
+    assert (both[0] - causal.float()).abs().max() > 0.5
+
+
+def test_every_linear_layer_is_of_the_type_that_quantizers_replace(pair):
+    _, ours = pair
+    assert {type(module) for module in ours.modules() if isinstance(module, torch.nn.Linear)} == {torch.nn.Linear}
+
+
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification"])
+def test_the_classification_heads_are_stock_gpt2s(pair, kind, tmp_path):
+    stock_class = getattr(transformers, f"GPT2For{kind}")
+    our_class = getattr(modeling_gpt2repro, f"GPT2ReproFor{kind}")
+    config = GPT2Config(**TINY, num_labels=3, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+    stock = stock_class(config).eval()
+    ours = our_class(GPT2ReproConfig(**TINY, num_labels=3, pad_token_id=0, bos_token_id=0, eos_token_id=0)).eval()
+    state = {name: tensor.t() if name.endswith(TRANSPOSED) else tensor for name, tensor in stock.state_dict().items()}
+    renamed = {name.replace("classifier.", "score."): tensor for name, tensor in state.items()}
+    ours.load_state_dict(renamed)
+    ids = some_ids(2, 12)
+    labels = torch.tensor([1, 2]) if kind.startswith("Sequence") else ids % 3
+    with torch.no_grad():
+        expected, found = stock(ids, labels=labels), ours(ids, labels=labels)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.loss, expected.loss)
+    ours.save_pretrained(tmp_path)
+    auto_class = getattr(transformers, f"AutoModelFor{kind}")
+    loaded = auto_class.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, found.logits)
