@@ -161,8 +161,9 @@ def run_tests(name: str) -> dict[str, int]:
     report = MATRIX / "reports" / f"{name}.xml"
     report.parent.mkdir(exist_ok=True)
     report.unlink(missing_ok=True)
+    options = ["-q", "-rfE", "--continue-on-collection-errors", f"--junitxml={report}"]
     paths = [f"tests/{path}" for path in TESTS.get(name, ALL_TESTS)]
-    command = [python_of(name), "-m", "pytest", "-q", "-rfE", f"--junitxml={report}", *paths]
+    command = [python_of(name), "-m", "pytest", *options, *paths]
     print("+", *command, flush=True)
     code = subprocess.run([str(word) for word in command], cwd=ROOT).returncode
     if code not in (0, 1):  # 1: tests failed; all others: pytest did not come to its end
