@@ -102,13 +102,11 @@ def main(argv: list[str] | None = None) -> int:
         if (name := " ".join(words[:count])) in COMMANDS:
             sys.argv = [f"gpt2repro {name}", *words[count:]]
             return importlib.import_module(COMMANDS[name]).main()
-    if words and words[0] not in ("-h", "--help"):
-        explain(UsageError(f"there is no command {words[0]!r}: gpt2repro --help lists them"))
-        return USAGE
-    print("usage: gpt2repro COMMAND [options]; --help after a command explains it\n\ncommands:")
-    print("\n".join(f"  {name:22} python -m {module}" for name, module in COMMANDS.items()))
-    return DONE
 
+    def work() -> None:
+        if words and words[0] not in ("-h", "--help"):
+            raise UsageError(f"there is no command {' '.join(words[:2])!r}: gpt2repro --help lists them")
+        print("usage: gpt2repro COMMAND [options]; --help after a command explains it\n\ncommands:")
+        print("\n".join(f"  {name:22} python -m {module}" for name, module in COMMANDS.items()))
 
-if __name__ == "__main__":
-    sys.exit(main())
+    return run(work)

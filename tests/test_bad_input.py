@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import train_accelerate
+from gpt2repro import command
 from gpt2repro.hub import convert
 from tests.conftest import TINY
 
@@ -331,22 +332,27 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize(("command", "words", "exit_code", "expected"), COMMANDS)
+@pytest.mark.parametrize(("name", "words", "exit_code", "expected"), COMMANDS)
 def test_a_mistake_in_measuring_is_one_line(
-    unbroken_run, tmp_path, monkeypatch, capsys, command, words, exit_code, expected
+    unbroken_run, tmp_path, monkeypatch, capsys, name, words, exit_code, expected
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prose.txt").write_text("To be, or not to be")
     words = words.replace("CHECKPOINT", str(unbroken_run / "latest"))
-    argv = [*words.split(), *(["--output", "o.json"] if command != "sample" else [])]
+    argv = [*words.split(), *(["--output", "o.json"] if name != "sample" else [])]
     try:
-        code = importlib.import_module(f"gpt2repro.eval.{command}").main(argv)
+        code = importlib.import_module(f"gpt2repro.eval.{name}").main(argv)
     except SystemExit as usage:  # argparse's
         code = usage.code
     assert code == exit_code
     last = capsys.readouterr().err.splitlines()[-1]
     assert "error: " in last and expected in last
     assert [path.name for path in tmp_path.iterdir()] == ["prose.txt"]
+
+
+def test_an_unknown_command_of_the_package_is_one_line(capsys):
+    assert command.main(["eval", "nosuch"]) == 2
+    assert capsys.readouterr().err == "error: there is no command 'eval nosuch': gpt2repro --help lists them\n"
 
 
 @pytest.mark.parametrize(
