@@ -31,7 +31,7 @@ from accelerate import Accelerator, PartialState
 from gpt2repro.data.training_data import open_data
 from gpt2repro.eval.in_training import Evaluation
 from gpt2repro.hub.initial import initial_model
-from gpt2repro.hub.publish import BackgroundPush
+from gpt2repro.hub.push import BackgroundPush
 from gpt2repro.processes import on_main_process, whole
 from gpt2repro.recipe import Recipe, parse_recipe
 from gpt2repro.run.folder import RunFolder

@@ -1,1 +1,1 @@
-"""The way out: conversion to and from stock GPT-2."""
+"""Other formats and the Hub: conversion, GGUF, model cards, uploads; the network that a run starts from."""

@@ -1,4 +1,4 @@
-"""A checkpoint as one GGUF file, for llama.cpp and what is built on it.
+"""Export a checkpoint as one GGUF file, for llama.cpp and the programs built on it.
 
     python -m gpt2repro.hub.gguf runs/demo/latest demo.gguf            # extra `gguf`
 
@@ -13,20 +13,22 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from tokenizers import pre_tokenizers
 
 from gpt2repro import command
-from gpt2repro.hub.convert import load_as_gpt2repro, load_tokenizer
+from gpt2repro.hub.convert import load_as_gpt2repro
+from gpt2repro.hub.loading import load_tokenizer
 
 # llama.cpp's "gpt-2" pre-tokenizer; whether the offsets trim spaces changes no token.
 GPT2_PRE_TOKENIZER = json.loads(pre_tokenizers.ByteLevel(add_prefix_space=False).__getstate__())
 
 
 def write_gguf(checkpoint: str | Path, file: str | Path) -> int:
-    """Write `file` and return the number of its tensors. It is written aside and renamed.
+    """Write `file`, whole or not at all; returns the number of its tensors.
 
     Raises:
         ValueError: the package `gguf` is missing; no checkpoint there; `file` exists; or llama.cpp's GPT-2 computes
@@ -42,7 +44,7 @@ def write_gguf(checkpoint: str | Path, file: str | Path) -> int:
     model = load_as_gpt2repro(checkpoint)
     config = model.config
     if config.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
-        raise ValueError(f"activation_function is {config.activation_function}: llama.cpp's GPT-2 knows only gelu_new")
+        raise ValueError(f"activation_function is {config.activation_function}: llama.cpp's GPT-2 has only gelu_new")
     writer = gguf.GGUFWriter(path=None, arch="gpt2")
     writer.add_name(file.stem)
     writer.add_block_count(config.n_layer)
@@ -53,15 +55,13 @@ def write_gguf(checkpoint: str | Path, file: str | Path) -> int:
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     _add_tokenizer(writer, checkpoint, rows=config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
+    names: Any = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
     tensors = model.state_dict()
     if config.tie_word_embeddings:
-        del tensors["lm_head.weight"]  # without one, a reader takes the embedding
+        del tensors["lm_head.weight"]  # a reader takes the embedding instead
     for name, tensor in tensors.items():
-        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert gguf_name is not None, name
-        writer.add_tensor(gguf_name, tensor.float().numpy())
-    with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as aside:
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.numpy())
+    with TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as aside:
         writer.write_header_to_file(Path(aside) / file.name)
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -72,21 +72,20 @@ def write_gguf(checkpoint: str | Path, file: str | Path) -> int:
 
 def _add_tokenizer(writer, checkpoint: str | Path, *, rows: int) -> None:
     """Tokens, their types, merges and special ids; embedding rows without a token become unused tokens."""
-    import gguf
+    from gguf import SpecialVocab, TokenType
 
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder:
         load_tokenizer(checkpoint).save_pretrained(folder)
         saved = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
-        special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=rows)
+        special = SpecialVocab(folder, load_merges=True, n_vocab=rows)
     splits = {**(saved["pre_tokenizer"] or {}), "trim_offsets": GPT2_PRE_TOKENIZER["trim_offsets"]}
     if saved["model"]["type"] != "BPE" or splits != GPT2_PRE_TOKENIZER or saved["normalizer"]:
-        raise ValueError(f"the tokenizer of {checkpoint} is not GPT-2's byte-level BPE, the one that is written")
-    tokens = [(f"[PAD{row}]", gguf.TokenType.UNUSED) for row in range(rows)]
+        raise ValueError(f"the tokenizer of {checkpoint} is not GPT-2's byte-level BPE, which llama.cpp expects")
+    tokens = [(f"[PAD{row}]", TokenType.UNUSED) for row in range(rows)]
     for token, row in saved["model"]["vocab"].items():
-        tokens[row] = (token, gguf.TokenType.NORMAL)
+        tokens[row] = (token, TokenType.NORMAL)
     for added in saved["added_tokens"]:
-        kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-        tokens[added["id"]] = (added["content"], kind)
+        tokens[added["id"]] = (added["content"], TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([token for token, _ in tokens])

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro.hub.convert import from_stock, recompute_activations
+from gpt2repro.hub.convert import from_stock
+from gpt2repro.hub.initial import recompute_activations
 from gpt2repro.recipe import Recipe
 from gpt2repro.train.launch import loss_form
 from modeling_gpt2repro import GPT2ReproForCausalLM

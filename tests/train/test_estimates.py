@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro.hub.convert import recompute_activations
+from gpt2repro.hub.initial import recompute_activations
 from gpt2repro.recipe import Recipe
 from gpt2repro.train.estimates import (
     STEP_TOKENS,

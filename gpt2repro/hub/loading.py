@@ -1,0 +1,48 @@
+"""Loading from a folder or the Hub: errors that name the source, and no retries where the Hub does not answer."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoTokenizer
+
+from gpt2repro.hub.upload import hub_is_reachable
+
+
+def from_pretrained(loader: Any, source: str | Path, *, what: str = "checkpoint", **options: Any) -> Any:
+    """`loader.from_pretrained(source)`; where the Hub does not answer, a Hub id loads from the library's cache.
+
+    Raises:
+        ValueError: nothing there, or a damaged file; with the reason.
+    """
+    offline = False
+    try:
+        if not Path(source).is_dir():
+            validate_repo_id(str(source))
+            offline = not hub_is_reachable()
+        return loader.from_pretrained(source, local_files_only=offline, **options)
+    except Exception as error:  # a damaged file makes the libraries raise almost anything
+        why = f"the Hub does not answer at {constants.ENDPOINT}" if offline else reason(error)
+        raise ValueError(f"no {what} loads from {str(source)!r}: give a folder or a Hub id ({why})") from error
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer at a folder or Hub id.
+
+    Raises:
+        ValueError: there is none, or only an empty one that the library made from the configuration.
+    """
+    tokenizer = from_pretrained(AutoTokenizer, source, what="tokenizer")
+    if len(tokenizer) < 2:
+        raise ValueError(f"{source} holds no tokenizer: save the model's there, or convert with --tokenizer DIR_OR_ID")
+    return tokenizer
+
+
+def reason(error: Exception) -> str:
+    """A loading error on one line; for a refused pickle the name that it asks for."""
+    if name := re.search(r"GLOBAL (\S+)", str(error)):  # without PyTorch's advice to load the pickle nevertheless
+        return f"the pickle asks for {name[1]}, which no weights need; nothing of it was run"
+    text = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())
+    return f"{type(error).__name__}: {text}"[:300]
