@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STRICT = str(ROOT / "tests" / "strict")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [STRICT, os.environ.get("PYTHONPATH")]))
 SCRIPT = ROOT / "train_accelerate.py"
-HELD = ROOT / "tests" / "held.py"
+PAUSING_SCRIPT = ROOT / "tests" / "pausing_script.py"
 CONFIGS = ROOT / "accelerate_configs"
 
 
@@ -81,13 +81,14 @@ class TrainScript:
         )  # fmt: skip
 
     def start_paused(self, output_dir: Path, place: str, *, processes: int = 1, **settings) -> subprocess.Popen:
-        """The script, started, after all its processes have paused at `place`; see held.py."""
+        """The script, started, after all its processes have paused at `place`; see pausing_script.py."""
         pause_at = self._pause_at(output_dir)
         paused = [Path(f"{pause_at}.{rank}") for rank in range(processes)]
         for file in paused:
             file.unlink(missing_ok=True)
         pause_at.write_text(place)
-        process = self.start(output_dir, processes=processes, script=HELD, env={"PAUSE_AT": str(pause_at)}, **settings)
+        env = {"PAUSE_AT": str(pause_at)}
+        process = self.start(output_dir, processes=processes, script=PAUSING_SCRIPT, env=env, **settings)
         wait_until(lambda: all(file.exists() for file in paused), process)
         return process
 

@@ -150,9 +150,10 @@ def test_the_wheel_is_three_modules_and_one_package_with_every_file(installed):
         "configuration_gpt2repro.py", "modeling_gpt2repro.py", "train_accelerate.py", "gpt2repro",
     }  # fmt: skip
     package = site_packages / "gpt2repro"
-    expected = {str(path.relative_to(ROOT / "gpt2repro")) for path in ROOT.glob("gpt2repro/**/*.py")}
-    expected |= {str(path.relative_to(ROOT)) for path in [*ROOT.glob("eval/*.py"), *ROOT.glob("recipes/*.yaml")]}
-    found = {str(path.relative_to(package)) for path in package.rglob("*") if path.suffix in (".py", ".yaml")}
+    expected = {file.relative_to(ROOT / "gpt2repro") for file in ROOT.glob("gpt2repro/**/*.*")}
+    expected |= {file.relative_to(ROOT) for file in [*ROOT.glob("eval/*.py"), *ROOT.glob("recipes/*.yaml")]}
+    expected = {file for file in expected if file.suffix != ".pyc"}
+    found = {file.relative_to(package) for file in package.rglob("*.*") if file.suffix != ".pyc"}
     assert found == expected
 
 

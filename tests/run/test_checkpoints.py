@@ -162,7 +162,7 @@ def test_folders_that_only_look_like_checkpoints_are_left_alone(training, tmp_pa
     assert len(list(tmp_path.glob("*step-*9*"))) == 4
 
 
-def test_a_run_that_starts_from_another_runs_checkpoint_again_sets_its_own_aside(training, tmp_path):
+def test_a_run_that_starts_from_another_runs_checkpoint_again_renames_its_own(training, tmp_path):
     start = training.save(tmp_path / "other", 1)
     training.save(tmp_path / "run", 2)
     resume_from(tmp_path / "run", find_checkpoint(tmp_path / "run", str(start)), step=1)
@@ -285,8 +285,9 @@ def test_every_file_is_on_the_disk_before_the_checkpoint_gets_its_name_and_older
     monkeypatch.setattr(os, "replace", lambda a, b: (done.append(("rename", str(b))), replace(a, b)))
     saved = training.save(tmp_path, 2, keep_last=1)
     renamed = done.index(("rename", str(saved)))
-    aside = tmp_path / ".step-00000002.tmp"
-    assert {path for _, path in done[:renamed]} == {str(aside), *(str(aside / path.name) for path in saved.iterdir())}
+    hidden = tmp_path / ".step-00000002.tmp"
+    files = {str(hidden / path.name) for path in saved.iterdir()}
+    assert {path for _, path in done[:renamed]} == {str(hidden), *files}
     named = done.index(("sync", str(tmp_path)))
     assert renamed < named < done.index(("rename", str(tmp_path / ".step-00000001.tmp")))
 

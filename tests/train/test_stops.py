@@ -1,7 +1,7 @@
-"""Signals and lost ranks: every process stops at one step or at once, and the same command goes on to the same bits.
+"""Signals and lost ranks: all processes stop at the same step or at once, and the same command resumes bit-exactly.
 
-The tests stop one run, each wherever the one before left it, until one ends it and compares it with the unbroken run.
-Each holds it at a place of its own (see held.py) while the signal is sent.
+The tests stop the same run one after another; the last one lets it end and compares it with an
+uninterrupted run. Each test pauses the run at a place (see pausing_script.py) while it sends its signal.
 """
 
 import signal
@@ -21,13 +21,13 @@ FIELDS = {"max_steps": 44, "save_every": 10, "eval_every": 20}
 
 
 class Stopped:
-    """The run in `folder`: start it, wait for a moment, see how it ends."""
+    """The run in `folder`: start it, and check how it ends."""
 
     def __init__(self, script: TrainScript, folder: Path) -> None:
         self.script, self.folder = script, folder
 
     def start(self, place: str | int, **settings) -> subprocess.Popen:
-        """The run, held at `place`, of which a number is a step."""
+        """The run, paused at `place`; a number is a step."""
         place = f"step {place}" if isinstance(place, int) else place
         return self.script.start_paused(self.folder, place, **settings, **FIELDS)
 
@@ -58,7 +58,7 @@ def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
     return psutil.Process(launcher.pid).children()
 
 
-def test_a_second_start_of_a_run_that_is_alive_is_refused_and_disturbs_nothing(run, capsys):
+def test_a_second_start_while_a_run_trains_is_refused_and_changes_nothing(run, capsys):
     process = run.start(5)
     assert train_accelerate.main(run.script.flags(run.folder, **FIELDS)) == 1
     assert f"error: another process trains in {run.folder}: end it" in capsys.readouterr().err
@@ -105,7 +105,7 @@ def test_a_signal_during_a_save_saves_again_after_the_next_step(run):
     [
         lambda launcher, ranks: [launcher],
         lambda launcher, ranks: ranks[1:],
-        lambda launcher, ranks: [launcher, *ranks],  # as a scheduler does; the launcher then passes it on once more
+        lambda launcher, ranks: [launcher, *ranks],  # as a scheduler does; the launcher then sends it to them again
     ],
     ids=["the launcher", "one rank", "all processes"],
 )
@@ -115,7 +115,7 @@ def test_sigterm_to_some_of_two_processes_stops_both_at_one_step(run, signalled)
     processes = signalled(launcher, ranks_of(launcher))
     for process in processes:
         process.send_signal(signal.SIGTERM)
-    if launcher not in processes:  # it passes the signal on to both
+    if launcher not in processes:  # it passes the signal to both
         run.script.proceed(run.folder)
     run.assert_saved_and_stopped(launcher, step, exit_code=1)  # the launcher's own, whatever the script's was
 
@@ -134,7 +134,7 @@ def test_a_killed_rank_ends_the_run_within_a_minute(run, killed):
     assert "[rank" not in output  # no traceback of the one that was left
 
 
-def test_after_all_stops_the_run_ends_with_the_bits_of_the_unbroken_one(run, unbroken):
+def test_after_all_stops_the_run_ends_bit_identical_to_an_uninterrupted_one(run, unbroken):
     assert 0 < max(train_rows(run.folder)) < FIELDS["max_steps"]
     assert "resumed from" in run.script(run.folder, **FIELDS)
     assert_same_bits(run.folder, unbroken)
@@ -154,7 +154,7 @@ def test_a_second_signal_ends_a_long_step_at_once(train_script, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_while_the_first_step_compiles_saves_that_step_and_the_run_goes_on_bit_exactly(
+def test_a_signal_while_the_first_step_compiles_saves_that_step_and_the_run_resumes_bit_exactly(
     train_script, tmp_path
 ):
     fields = {"compile": "true", "eval_every": 0}
