@@ -1,28 +1,35 @@
-"""Runs as pictures and pages: loss curves, benchmarks over tokens, samples, settings, and a table that compares runs.
+"""Reports of runs: loss curves, benchmark scores, samples and settings as a picture, a page or a table.
 
     python -m gpt2repro.tools.report runs/demo --output curves.png
     python -m gpt2repro.tools.report runs/adamw runs/muon --output curves.png --html report.html
     python -m gpt2repro.tools.report --compare runs/adamw runs/muon
+    python -m gpt2repro.tools.report --schedule recipes/demo.yaml --output lr.png
 
-Reads what a run leaves behind (run.json, metrics.jsonl) and needs neither the model nor a GPU. The page is one file
-that asks the network for nothing.
+Reads the record and the metrics of a run, also while it trains; needs neither the model nor a GPU. The page is one
+file that loads nothing from the network. --schedule draws the learning rate of a recipe over its steps.
 """
 
-import argparse
 import base64
-import html
 import io
 import json
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from statistics import median
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import yaml
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
-from gpt2repro.eval.loading import output_file, run_command
-from gpt2repro.run.metrics import read_metrics
+from gpt2repro import command
+from gpt2repro.eval.output import output_file
+from gpt2repro.recipe import Recipe, parse_recipe
+from gpt2repro.run.folder import RunFolder
+from gpt2repro.train.schedule import lr_at
 
 # Validation loss of the released GPT-2 124M on FineWeb-Edu, nats per token (build-nanogpt, play.ipynb).
 GPT2_FINEWEB_EDU_LOSS = 3.2924
@@ -35,18 +42,18 @@ LINES = ("-", "--", ":", "-.")
 
 @dataclass
 class Run:
-    """What a run folder tells: its settings and its rows, in the order of the steps."""
+    """The record of a run and its rows of metrics, in the order of the steps."""
 
     name: str
-    info: dict
+    record: dict
     rows: list[dict] = field(repr=False)
 
     def losses(self, kind: str) -> list[dict]:
-        """The rows of a kind with a loss, which a step that was not finite has not."""
+        """The rows of a kind with a loss; a step whose loss was not finite has none."""
         return [row for row in self.rows if row["kind"] == kind and row.get("loss") is not None]
 
     def scores(self) -> dict[str, list[dict]]:
-        """The rows of every benchmark by its name with the style."""
+        """The rows of each benchmark, by its task and style."""
         by_task: dict[str, list[dict]] = {}
         for row in self.rows:
             if row["kind"] == "eval":
@@ -74,26 +81,21 @@ def score_text(row: dict) -> str:
     return f"{', '.join(parts)} of {row['n']:,}"
 
 
-def read_run(folder: str | Path) -> Run:
-    """Read a run folder; a run may be writing to it this moment.
+def read_run(path: str | Path) -> Run:
+    """The run in a folder, which may still train; ValueError where there is none, or none with metrics."""
+    folder = RunFolder(path)
+    record, rows = folder.record(), folder.rows()
+    if record is None or not rows:
+        raise ValueError(f"{path} holds no run with metrics: give the folder of a run (its output_dir)")
+    return Run(Path(path).resolve().name, record, rows)
 
-    Raises:
-        ValueError: no metrics.jsonl, or no rows in it.
-        OSError: no run.json.
-    """
-    folder = Path(folder)
-    rows = read_metrics(folder / "metrics.jsonl")
-    if not rows:
-        raise ValueError(f"{folder} holds no metrics.jsonl with rows: give the folder of a run (its output_dir)")
-    info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    return Run(folder.resolve().name, info, rows)
+
+# ---- pictures ----------------------------------------------------------------------------------------------
 
 
 def draw_curves(runs: list[Run], target: str | Path | BinaryIO) -> None:
-    """Write the curves of one or several runs as a PNG: losses, and benchmarks where any was measured."""
-    from matplotlib.figure import Figure
-
-    columns = 2 if any(run.scores() for run in runs) else 1
+    """Write the curves of one or several runs as a PNG: losses, and benchmark scores where there are any."""
+    columns, short_count = 2 if any(run.scores() for run in runs) else 1, EngFormatter(sep="")
     figure = Figure(figsize=(6.4 * columns, 4.4), dpi=150, layout="constrained")
     panels = figure.subplots(1, columns, squeeze=False)[0]
     _draw_losses(panels[0], runs)
@@ -101,45 +103,35 @@ def draw_curves(runs: list[Run], target: str | Path | BinaryIO) -> None:
         _draw_scores(panels[1], runs)
     for panel in panels:
         panel.set_xlabel("tokens")
-        panel.xaxis.set_major_formatter(lambda value, _: short_count(value))
+        panel.xaxis.set_major_formatter(lambda value, _: short_count(value).replace("G", "B"))
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False, fontsize=8)
     figure.savefig(target, format="png")
 
 
-def short_count(value: float) -> str:
-    """2500000 -> 2.5M"""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"
-
-
-def stretches(points: np.ndarray, count: int = 100) -> np.ndarray:
-    """A curve (n, 2) as the means of at most `count` stretches of it, which is a calmer curve."""
+def smooth(points: np.ndarray, count: int = 100) -> np.ndarray:
+    """A curve (n, 2) as the means of at most `count` equal parts of it."""
     return np.array([part.mean(0) for part in np.array_split(points, min(count, len(points)))])
 
 
-def _draw_losses(panel, runs: list[Run]) -> None:
+def _draw_losses(panel: Any, runs: list[Run]) -> None:
     for index, run in enumerate(runs):
-        train, val = (
-            np.array([(row["tokens"], row["loss"]) for row in run.losses(kind)]) for kind in ("train", "val")
-        )
+        train, val = (np.array([(row["tokens"], row["loss"]) for row in run.losses(k)]) for k in ("train", "val"))
         colour = f"C{index}"
         if len(train):
             panel.plot(*train.T, color=colour, alpha=0.25, linewidth=0.8)
-            panel.plot(*stretches(train).T, color=colour, linewidth=1.2, alpha=0.8, label=f"{run.name} train")
+            panel.plot(*smooth(train).T, color=colour, linewidth=1.2, alpha=0.8, label=f"{run.name} train")
         if len(val):
             panel.plot(*val.T, color=colour, marker="o", markersize=3, linewidth=1.8, label=f"{run.name} val")
     # The released model's loss is known for this text alone.
-    if all("fineweb-edu" in json.dumps(run.info.get("dataset")).lower() for run in runs):
-        _draw_mark(panel, GPT2_FINEWEB_EDU_LOSS, f"released GPT-2 124M, {GPT2_FINEWEB_EDU_LOSS}", "--")
+    if all("fineweb-edu" in json.dumps(run.record["dataset"]).lower() for run in runs):
+        _draw_baseline(panel, GPT2_FINEWEB_EDU_LOSS, f"released GPT-2 124M, {GPT2_FINEWEB_EDU_LOSS}", "--")
     panel.set_ylabel("loss, nats per token")
 
 
-def _draw_scores(panel, runs: list[Run]) -> None:
-    """acc_norm over tokens, or acc where a task has no other; with HellaSwag the released models'."""
+def _draw_scores(panel: Any, runs: list[Run]) -> None:
+    """acc_norm over tokens, or acc where a task has no other; for HellaSwag with the released models' scores."""
     styles = set()
     for index, run in enumerate(runs):
         for number, (task, rows) in enumerate(run.scores().items()):
@@ -149,32 +141,50 @@ def _draw_scores(panel, runs: list[Run]) -> None:
             panel.plot(tokens, percent, **look, label=f"{run.name} {task}")
             styles |= {row["style"] for row in rows if row["task"] == "hellaswag"}
     for style in sorted(styles):
-        _draw_mark(panel, GPT2_HELLASWAG[style], f"GPT-2 124M, {style} style, {GPT2_HELLASWAG[style]}", "--")
+        _draw_baseline(panel, GPT2_HELLASWAG[style], f"GPT-2 124M, {style} style, {GPT2_HELLASWAG[style]}", "--")
     if styles:
-        _draw_mark(panel, GPT3_HELLASWAG, f"GPT-3 124M, {GPT3_HELLASWAG}", ":")
+        _draw_baseline(panel, GPT3_HELLASWAG, f"GPT-3 124M, {GPT3_HELLASWAG}", ":")
     panel.set_ylabel("accuracy, % (acc_norm where there is one)")
 
 
-def _draw_mark(panel, height: float, text: str, line: str) -> None:
+def _draw_baseline(panel: Any, height: float, text: str, line: str) -> None:
     """A published figure, as a grey line with its name."""
     panel.axhline(height, color="#444444", linestyle=line, linewidth=1)
     place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
     panel.annotate(text, (0.0, height), xytext=(3, 2), fontsize=7, color="#444444", **place)
 
 
+def draw_schedule(recipe: Recipe, png: Path, *, title: str) -> None:
+    """Write the learning rate over all steps as a PNG; with Muon the rate of its matrices as a second curve."""
+    figure = Figure(figsize=(6.4, 3.6), dpi=150, layout="constrained")
+    panel = figure.subplots()
+    steps = np.unique(np.linspace(0, recipe.max_steps - 1, 2001).round().astype(int))
+    rates = np.array([lr_at(step, recipe) for step in steps])
+    panel.plot(steps, rates, label="AdamW")
+    if recipe.muon_learning_rate is not None:
+        panel.plot(steps, rates * recipe.muon_learning_rate / recipe.learning_rate, label="Muon")
+        panel.legend(frameon=False)
+    panel.set(xlabel="optimizer step", ylabel="learning rate", title=title, ylim=(0, None))
+    panel.grid(alpha=0.25)
+    figure.savefig(png)
+
+
+# ---- text --------------------------------------------------------------------------------------------------
+
+
 def compare_table(runs: list[Run]) -> list[list[str]]:
-    """Rows of text, the first the header: the figures of every run, then the settings in which they differ."""
+    """Rows of text, the first is the header: the figures of every run, then the settings in which they differ."""
     summaries = [run.summary() for run in runs]
-    # The model's own sizes stand for those that the recipe leaves to a named shape.
-    settings = [{**run.info.get("recipe", {}), **run.info.get("model", {}), "output_dir": None} for run in runs]
-    table = [["", *(run.name for run in runs)]]
-    for name in dict.fromkeys(name for summary in summaries for name in summary):
-        table.append([name, *(summary.get(name, "–") for summary in summaries)])
-    for name in dict.fromkeys(name for own in settings for name in own):
-        values = [str(own.get(name, "–")) for own in settings]
-        if len(set(values)) > 1:
-            table.append([name, *values])
-    return table
+    # The model's own sizes replace those that the recipe leaves to a named shape.
+    settings = [{**run.record["recipe"], **run.record.get("model", {}), "output_dir": None} for run in runs]
+    rows = [[name, *(summary.get(name, "–") for summary in summaries)] for name in _names(summaries)]
+    differing = [[name, *(str(own.get(name, "–")) for own in settings)] for name in _names(settings)]
+    return [["", *(run.name for run in runs)], *rows, *(row for row in differing if len(set(row[1:])) > 1)]
+
+
+def _names(dicts: list[dict]) -> list[str]:
+    """The keys of all of them, each once, in their order."""
+    return list(dict.fromkeys(name for one in dicts for name in one))
 
 
 def print_table(table: list[list[str]]) -> None:
@@ -183,67 +193,71 @@ def print_table(table: list[list[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-STYLE_SHEET = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a202c; }
-body { max-width: 60rem; margin: 2.5rem auto; padding: 0 1.25rem; }
-h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #e2e8f0; }
-img { width: 100%; height: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .25rem 1.5rem .25rem 0; border-bottom: 1px solid #edf2f7; vertical-align: top; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f7fafc; padding: .75rem 1rem; font-size: .85rem; }
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><style>
+:root {{ color-scheme: light; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a202c; max-width: 60rem; margin: 2.5rem auto; }}
+h1 {{ font-size: 1.7rem; }} h2 {{ font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #e2e8f0; }}
+img {{ width: 100%; height: auto; }}
+table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
+th, td {{ text-align: left; padding: .25rem 1.5rem .25rem 0; border-bottom: 1px solid #edf2f7; vertical-align: top; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f7fafc; padding: .75rem 1rem; font-size: .85rem; }}
+</style></head>
+<body>
+<h1>{title}</h1>
+<table>{table}</table>
+<h2>Curves</h2><img alt="loss and benchmark curves" src="data:image/png;base64,{curves}">
+{details}
+</body></html>
 """
 
 
 def html_page(runs: list[Run]) -> str:
-    """One self-contained page: a table, curves, samples and settings of the runs."""
+    """One page without further files: a table, curves, samples and settings of the runs."""
     picture = io.BytesIO()
     draw_curves(runs, picture)
-    title = html.escape(", ".join(run.name for run in runs))
-    parts = [
-        f"<h1>{title}</h1>",
-        _html_table(compare_table(runs)),
-        '<h2>Curves</h2><img alt="loss and benchmark curves" src="data:image/png;base64,'
-        f'{base64.b64encode(picture.getvalue()).decode()}">',
-    ]
+    header, *rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in compare_table(runs)]
+    details = []
     for run in runs:
-        name = html.escape(run.name)
-        if samples := [row for row in run.rows if row["kind"] == "sample"]:
-            texts = "".join(f"<pre>{html.escape(text)}</pre>" for text in samples[-1]["texts"])
-            parts.append(f"<h2>Samples of {name} at step {samples[-1]['step']:,}</h2>{texts}")
-        settings = html.escape(yaml.safe_dump(run.info, sort_keys=False, allow_unicode=True))
-        parts.append(f"<h2>Settings of {name}</h2><pre>{settings}</pre>")
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
-        f"<style>{STYLE_SHEET}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
+        name, settings = escape(run.name), yaml.safe_dump(run.record, sort_keys=False, allow_unicode=True)
+        for sample in [row for row in run.rows if row["kind"] == "sample"][-1:]:
+            texts = "".join(f"<pre>{escape(text)}</pre>" for text in sample["texts"])
+            details.append(f"<h2>Samples of {name} at step {sample['step']:,}</h2>{texts}")
+        details.append(f"<h2>Settings of {name}</h2><pre>{escape(settings)}</pre>")
+    return PAGE.format(
+        title=escape(", ".join(run.name for run in runs)), curves=base64.b64encode(picture.getvalue()).decode(),
+        table="".join(f"<tr>{row}</tr>" for row in [header.replace("td>", "th>"), *rows]), details="\n".join(details),
+    )  # fmt: skip
 
 
-def _html_table(table: list[list[str]]) -> str:
-    """A table whose first row is its header."""
-    rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in table]
-    rows[0] = rows[0].replace("td>", "th>")
-    return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", default=[], help="folders of runs")
-    parser.add_argument("--output", help="write the curves to this PNG file")
-    parser.add_argument("--html", help="write one self-contained page to this file")
+def main(argv: list[str] | None = None) -> int:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", help="folders of runs")
+    parser.add_argument("--output", help="write the picture to this PNG file")
+    parser.add_argument("--html", help="write one page to this file")
     parser.add_argument("--compare", nargs="+", default=[], metavar="RUN", help="print a table of the runs")
-    arguments = parser.parse_args()
-    if not arguments.compare and not (arguments.runs and (arguments.output or arguments.html)):
-        parser.error("give runs with --output or --html, or --compare RUN RUN")
-    runs = [read_run(folder) for folder in dict.fromkeys([*arguments.runs, *arguments.compare])]
-    if arguments.output:
-        draw_curves(runs, output_file(arguments.output))
-    if arguments.html:
-        output_file(arguments.html).write_text(html_page(runs), encoding="utf-8")
-    if arguments.compare:
-        print_table(compare_table(runs))
+    parser.add_argument("--schedule", metavar="RECIPE", help="draw the learning rate of this recipe instead of runs")
+    arguments = parser.parse_args(argv)
+    pictures = (arguments.runs and (arguments.output or arguments.html)) or (arguments.schedule and arguments.output)
+    if not (arguments.compare or pictures):
+        parser.error("give runs with --output or --html, --compare RUN RUN, or --schedule RECIPE with --output")
+
+    def work() -> None:
+        if arguments.schedule:
+            recipe = parse_recipe(["--recipe", arguments.schedule], default=arguments.schedule)
+            draw_schedule(recipe, output_file(arguments.output), title=Path(arguments.schedule).stem)
+            return
+        runs = [read_run(folder) for folder in dict.fromkeys([*arguments.runs, *arguments.compare])]
+        if arguments.output:
+            draw_curves(runs, output_file(arguments.output))
+        if arguments.html:
+            output_file(arguments.html).write_text(html_page(runs), encoding="utf-8")
+        if arguments.compare:
+            print_table(compare_table(runs))
+
+    return command.run(work)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(main())

@@ -7,15 +7,16 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from contextlib import closing, contextmanager
 from itertools import pairwise
 
 import pytest
 
 from configuration_gpt2repro import GPT2ReproConfig
-from eval.loading import run_command
-from eval.sample import sample
-from gpt2repro.tools.app import complete, main
+from gpt2repro.eval.sample import sample
+from gpt2repro.tools.app import MAX_REQUEST, complete, main
 from modeling_gpt2repro import GPT2ReproForCausalLM
 from tests.conftest import ROOT
 
@@ -42,7 +43,7 @@ WATCH_THE_TEXT = """() => {
 
 
 def test_the_last_text_is_that_of_sample_and_every_text_continues_the_one_before(tiny_model, bpe):
-    texts = list(complete(tiny_model, bpe, "The man", temperature=0.9, top_k=20, length=40, seed=3))
+    texts = list(complete(tiny_model, bpe, "The man", temperature=0.9, top_k=20, max_new_tokens=40, seed=3))
     expected = sample(tiny_model, bpe, "The man", num_samples=1, temperature=0.9, top_k=20, max_new_tokens=40, seed=3)
     assert texts[-1:] == expected
     assert len(set(texts)) > 3
@@ -51,9 +52,9 @@ def test_the_last_text_is_that_of_sample_and_every_text_continues_the_one_before
 
 def test_temperature_zero_is_greedy_and_top_k_zero_the_whole_vocabulary(tiny_model, bpe):
     greedy = sample(tiny_model, bpe, "A woman", max_new_tokens=9, temperature=0)
-    assert list(complete(tiny_model, bpe, "A woman", temperature=0, length=9))[-1:] == greedy
+    assert list(complete(tiny_model, bpe, "A woman", temperature=0, max_new_tokens=9))[-1:] == greedy
     whole = sample(tiny_model, bpe, "A woman", num_samples=1, max_new_tokens=9, top_k=0, seed=5)
-    assert list(complete(tiny_model, bpe, "A woman", top_k=0, length=9, seed=5))[-1:] == whole
+    assert list(complete(tiny_model, bpe, "A woman", top_k=0, max_new_tokens=9, seed=5))[-1:] == whole
 
 
 def test_closing_the_iterator_stops_the_model(tiny_model, bpe):
@@ -64,7 +65,7 @@ def test_closing_the_iterator_stops_the_model(tiny_model, bpe):
         time.sleep(0.1)
 
     handle = tiny_model.register_forward_hook(count_slowly)
-    texts = complete(tiny_model, bpe, "The man", length=60)
+    texts = complete(tiny_model, bpe, "The man", max_new_tokens=60)
     next(texts)
     texts.close()
     handle.remove()
@@ -73,18 +74,16 @@ def test_closing_the_iterator_stops_the_model(tiny_model, bpe):
 
 def test_a_text_that_does_not_fit_is_an_error_and_not_a_wait(tiny_model, bpe):
     with pytest.raises(ValueError, match="2 tokens and 63 new ones do not fit the model's 64 positions"):
-        list(complete(tiny_model, bpe, "The man", length=63))
+        list(complete(tiny_model, bpe, "The man", max_new_tokens=63))
 
 
-def test_a_port_that_is_taken_is_one_line(checkpoint, monkeypatch, capsys):
+def test_a_port_that_is_taken_is_one_line(checkpoint, capsys):
     pytest.importorskip("gradio", reason="the extra `app` is not installed")
     with closing(socket.socket()) as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        monkeypatch.setattr(sys, "argv", ["app", str(checkpoint), "--port", str(port)])
-        with pytest.raises(SystemExit, match="1"):
-            run_command(main)
+        assert main([str(checkpoint), "--port", str(port)]) == 1
     expected = f"error: port {port} of 127.0.0.1 is not free: give another one with --port\n"
     assert capsys.readouterr().err.endswith(expected)
 
@@ -105,6 +104,20 @@ def served(checkpoint):
     finally:
         server.terminate()
         output.append(server.communicate(timeout=120)[0])
+
+
+def test_a_request_that_is_too_large_and_an_upload_are_refused(checkpoint):
+    pytest.importorskip("gradio", reason="the extra `app` is not installed")
+    part = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n' + bytes(100) + b"\r\n--b--\r\n"
+    with served(checkpoint) as (url, _):
+        for path, body, kind in (
+            ("queue/join", bytes(MAX_REQUEST + 1), "application/json"),
+            ("upload", part, "multipart/form-data; boundary=b"),
+        ):
+            request = urllib.request.Request(f"{url}gradio_api/{path}", body, {"content-type": kind})
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(request, timeout=60)
+            assert refused.value.code == 413
 
 
 def test_in_a_browser_a_prompt_becomes_text_token_by_token(bpe, tmp_path):
@@ -138,7 +151,9 @@ def test_in_a_browser_a_prompt_becomes_text_token_by_token(bpe, tmp_path):
         page = visit("The man")
         page.wait_for_function("window.seen.length > 3", polling=50)
         seen = page.evaluate("window.seen")
-        visit("The man holds the ball " * 300).get_by_text("do not fit the model's 1024 positions").wait_for()
+        refused = visit("The man holds the ball " * 300)
+        refused.get_by_text("do not fit the model's 1024 positions").wait_for()
+        refused.get_by_role("button", name="Complete").wait_for()  # and no longer Stop
         browser.close()
     assert all(later.startswith(text) for text, later in pairwise(seen))
     assert seen[0].startswith("The man")

@@ -1,4 +1,4 @@
-"""Eight faults, each planted for real: the doctor fails the line that names it, and no other."""
+"""The doctor: every kind of fault, planted for real, fails its own line and no other."""
 
 import os
 import shlex
@@ -10,7 +10,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from gpt2repro import checks
+from configuration_gpt2repro import GPT2ReproConfig
+from gpt2repro.hub import initial
 from gpt2repro.recipe import Recipe
 from gpt2repro.tools import doctor
 from gpt2repro.train.optimizer import make_optimizer
@@ -89,16 +90,55 @@ def test_a_fault_of_the_recipe_fails_its_line_alone(sound, fault, line):
     ],
 )
 def test_a_fault_of_the_model_fails_its_line(sound, monkeypatch, fault, lines):
-    monkeypatch.setattr(checks, "GPT2ReproForCausalLM", fault)
+    monkeypatch.setattr(initial, "GPT2ReproForCausalLM", fault)
     assert failing(Recipe(**sound)) == lines
 
 
-def test_the_wrong_tokenizer_fails_its_line(sound, tiny_dataset, bpe, tmp_path):
+def test_the_wrong_tokenizer_ends_the_examination_as_it_would_end_the_run(sound, tiny_dataset, bpe, tmp_path):
     copy = shutil.copytree(tiny_dataset, tmp_path / "copy")
     bpe.save_pretrained(copy)  # has fewer entries, so every id still fits
-    assert failing(Recipe(**{**sound, "dataset_dir": (str(copy),)})) == ["tokenizer", "dataset hashes"]
+    with pytest.raises(ValueError, match=f"the tokenizer in {copy} is not the one that made its tokens"):
+        failing(Recipe(**{**sound, "dataset_dir": (str(copy),)}))
     bpe.save_pretrained(tmp_path / "named")
-    assert failing(Recipe(**{**sound, "tokenizer": str(tmp_path / "named")})) == ["tokenizer"]
+    with pytest.raises(ValueError, match=f"tokenizer is {tmp_path / 'named'}, but {tiny_dataset} has another one"):
+        failing(Recipe(**{**sound, "tokenizer": str(tmp_path / "named")}))
+
+
+def test_gradients_that_one_form_of_the_loss_loses_fail_the_first_step_with_its_message(sound, monkeypatch):
+    class LosesGradients(GPT2ReproForCausalLM):
+        """What a compiler once made of the chunked loss: the right loss, and gradients of zero."""
+
+        def forward(self, *args, loss_impl="plain", **kwargs):
+            output = super().forward(*args, loss_impl=loss_impl, **kwargs)
+            if loss_impl == "chunked":
+                output.loss = output.loss.detach() + 0 * output.loss
+            return output
+
+    monkeypatch.setattr(initial, "GPT2ReproForCausalLM", LosesGradients)
+    checks = {check.name: check for check in doctor.examine(Recipe(**{**sound, "loss_impl": "chunked"}))}
+    failed = [name for name, check in checks.items() if not check.passed]
+    assert failed == ["gradient norm", "first step", "overfit one batch"]
+    assert "with --loss_impl plain it is right" in checks["first step"].value
+    assert failing(Recipe(**sound)) == []
+
+
+def test_a_cache_that_the_model_does_not_read_fails_its_line(tiny_model):
+    class Forgets(GPT2ReproForCausalLM):
+        def forward(self, input_ids, past_key_values=None, **kwargs):
+            return super().forward(input_ids, **kwargs)
+
+    forgets = Forgets(tiny_model.config).eval()
+    forgets.load_state_dict(tiny_model.state_dict())
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    assert doctor.check_cache(tiny_model, prompt).passed
+    assert not doctor.check_cache(forgets, prompt).passed
+
+
+def test_a_run_from_a_checkpoint_compares_its_text_with_and_without_the_cache(sound, tmp_path):
+    shape = {name: SOUND[name] for name in ("n_layer", "n_head", "n_embd", "n_positions")}
+    GPT2ReproForCausalLM(GPT2ReproConfig(**shape, vocab_size=512)).save_pretrained(tmp_path / "weights")
+    names = [check.name for check in doctor.examine(Recipe(**{**sound, "init_from": str(tmp_path / "weights")}))]
+    assert "cache" in names and "init std" not in names
 
 
 def test_damaged_shards_fail_their_line(sound, tiny_dataset, tmp_path):
@@ -111,17 +151,11 @@ def test_damaged_shards_fail_their_line(sound, tiny_dataset, tmp_path):
 
 
 def test_targets_that_come_shifted_twice_fail_the_labels_line():
-    model = GPT2ReproForCausalLM(doctor.model_config(Recipe(**SOUND), Vocabulary())).eval()
+    model = initial.initial_model(Recipe(**SOUND), vocab_size=512, eot_id=0).eval()
     ids = torch.randint(512, (2, 34))
     assert doctor.check_labels(model, ids[:, :32], ids[:, 1:33]).passed
     assert not doctor.check_labels(model, ids[:, :32], ids[:, 2:34]).passed
     assert not doctor.check_labels(model, ids[:, :32], ids[:, :32]).passed
-
-
-class Vocabulary:
-    """What `model_config` asks of a dataset."""
-
-    vocab_size, eot_id = 512, 0
 
 
 def test_a_checkpoint_that_does_not_bring_the_optimizer_back_fails_the_rehearsal(
@@ -184,7 +218,8 @@ def test_the_checks_compute_in_the_recipes_precision(sound, monkeypatch):
             seen.add(torch.is_autocast_enabled("cpu"))
             return super().forward(*args, **kwargs)
 
-    monkeypatch.setattr(checks, "GPT2ReproForCausalLM", Watched)
+    monkeypatch.setattr(initial, "GPT2ReproForCausalLM", Watched)
+    monkeypatch.setattr(doctor, "check_first_step", lambda *_, **__: "")  # whose reference is fp32
     assert failing(Recipe(**{**sound, "mixed_precision": "bf16"})) == []
     assert seen == {True}
 

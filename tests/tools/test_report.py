@@ -10,15 +10,23 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
-from gpt2repro.tools.report import compare_table, draw_curves, html_page, main, read_run, stretches
+from gpt2repro.tools.report import compare_table, draw_curves, html_page, main, read_run, smooth
+
+
+def write_record(folder, *, recipe=(), dataset=(("fingerprint", "0"),), **model):
+    """The run.json of a run folder."""
+    record = {"recipe": dict(recipe), "dataset": dict(dataset), "model": model, "starts": []}
+    (folder / "run.json").write_text(json.dumps(record))
 
 
 def write_run(folder, *, floor: float, dataset: str, hellaswag: bool = True, **recipe):
     """A run folder as the training loop leaves it, with curves that fall towards `floor`."""
     folder.mkdir(parents=True)
-    info = {"recipe": {"output_dir": str(folder), "learning_rate": 6e-4, **recipe}, "dataset": {"source": dataset}}
-    (folder / "run.json").write_text(json.dumps(info))
+    recipe = {"output_dir": str(folder), "learning_rate": 6e-4, **recipe}
+    write_record(folder, recipe=recipe, dataset={"source": dataset, "fingerprint": "0"})
     rows = [{"step": 0, "kind": "val", "loss": floor + 7, "tokens": 0}]
     for step in range(10, 4001, 10):
         tokens, noise = step * 524_288, 0.05 * math.sin(step * 12.9898)
@@ -47,17 +55,19 @@ def two_runs(tmp_path):
     ]
 
 
+def saved_figures(monkeypatch) -> list:
+    """The figures that are saved from now on."""
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or save(self, *a, **k))
+    return figures
+
+
 def figure_texts(monkeypatch, folders, png):
     """Every text that the picture shows: legends, axes, notes."""
-    from matplotlib.figure import Figure
-    from matplotlib.text import Text
-
-    drawn = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
+    figures = saved_figures(monkeypatch)
     draw_curves([read_run(folder) for folder in folders], png)
-    assert {panel.get_xlabel() for panel in drawn[0].axes} == {"tokens"}
-    return [text.get_text() for text in drawn[0].findobj(Text) if text.get_text()]
+    assert {panel.get_xlabel() for panel in figures[0].axes} == {"tokens"}
+    return [text.get_text() for text in figures[0].findobj(Text) if text.get_text()]
 
 
 def test_the_picture_has_every_curve_and_the_lines_of_the_released_models(two_runs, tmp_path, monkeypatch):
@@ -80,10 +90,10 @@ def test_the_released_loss_is_drawn_for_its_own_dataset_only(tmp_path, monkeypat
 def test_a_half_written_row_is_left_out_and_a_folder_without_rows_is_named(tmp_path):
     rows = [{"step": step, "kind": "train", "loss": loss} for step, loss in [(1, 5.0), (2, 4.0), (3, None)]]
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "run.json").write_text("{}")
+    write_record(tmp_path)
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 4, "kind": "tr')
     assert [row["loss"] for row in read_run(tmp_path).losses("train")] == [5.0, 4.0]
-    with pytest.raises(ValueError, match=r"holds no metrics\.jsonl with rows: give the folder of a run"):
+    with pytest.raises(ValueError, match="holds no run with metrics: give the folder of a run"):
         read_run(tmp_path / "nowhere")
 
 
@@ -103,26 +113,42 @@ def test_the_table_shows_figures_and_the_settings_that_differ(two_runs):
 def test_a_size_that_one_recipe_leaves_to_a_named_shape_is_compared_by_the_models_own(tmp_path):
     runs = [write_run(tmp_path / name, floor=3.05, dataset="x") for name in ("named", "given")]
     for folder, n_layer in zip(runs, (None, 12), strict=True):
-        info = {"recipe": {"model": "gpt2", "n_layer": n_layer}, "model": {"parameters": 124_439_808, "n_layer": 12}}
-        (folder / "run.json").write_text(json.dumps(info))
+        write_record(folder, recipe={"model": "gpt2", "n_layer": n_layer}, parameters=124_439_808, n_layer=12)
     assert "n_layer" not in {row[0] for row in compare_table([read_run(folder) for folder in runs])}
 
 
-def test_the_mean_of_every_stretch_of_a_straight_line_lies_on_it():
+def test_the_mean_of_every_part_of_a_straight_line_is_on_it():
     steps = np.arange(519.0)
-    line = stretches(np.stack([steps, 3 * steps + 1], axis=1))
+    line = smooth(np.stack([steps, 3 * steps + 1], axis=1))
     assert line.shape == (100, 2)
     assert line[:, 1] == pytest.approx(3 * line[:, 0] + 1)
-    assert stretches(line[:3]) == pytest.approx(line[:3])
+    assert smooth(line[:3]) == pytest.approx(line[:3])
 
 
-def test_the_command_says_what_it_writes_and_makes_its_folder(two_runs, tmp_path, monkeypatch, capsys):
+def test_the_command_says_what_it_writes_and_makes_its_folder(two_runs, tmp_path, capsys):
     png = tmp_path / "out" / "curves.png"
-    monkeypatch.setattr(sys, "argv", ["report", "--output", str(png), "--compare", *map(str, two_runs)])
-    main()
+    assert main([str(two_runs[0]), "--output", str(png), "--compare", *map(str, two_runs)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"writing {png}" and png.is_file()
     assert lines[1].split() == ["adamw", "muon"]
+
+
+def test_the_command_draws_the_learning_rate_of_a_recipe_with_muon_as_a_second_curve(tmp_path, monkeypatch):
+    recipe = {"schedule": "wsd_sqrt", "optimizer": "muon", "muon_learning_rate": 0.01, "max_steps": 3000}
+    (tmp_path / "muon.yaml").write_text("".join(f"{name}: {value}\n" for name, value in recipe.items()))
+    figures = saved_figures(monkeypatch)
+    assert main(["--schedule", str(tmp_path / "muon.yaml"), "--output", str(tmp_path / "new" / "lr.png")]) == 0
+    assert (tmp_path / "new" / "lr.png").read_bytes().startswith(b"\x89PNG")
+    adamw, muon = (line.get_ydata() for line in figures[0].axes[0].lines)
+    assert max(adamw) == pytest.approx(6e-4) and muon == pytest.approx(adamw * 0.01 / 6e-4)
+
+
+def test_what_names_no_run_and_no_recipe_is_an_error_of_the_command_line(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--schedule", "recipes/demo.yaml"])  # no --output
+    (tmp_path / "wrong.yaml").write_text("shedule: wsd\n")
+    assert main(["--schedule", str(tmp_path / "wrong.yaml"), "--output", str(tmp_path / "lr.png")]) == 2
+    assert "did you mean schedule?" in capsys.readouterr().err
 
 
 def test_text_of_a_model_cannot_become_markup(two_runs):

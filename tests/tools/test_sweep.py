@@ -10,7 +10,8 @@ from statistics import fmean, stdev
 import pytest
 import yaml
 
-from gpt2repro.tools.sweep import grid, main, table
+from gpt2repro.recipe import Recipe
+from gpt2repro.tools.sweep import grid, main, plan_runs, table
 from tests.conftest import ENVIRONMENT, ROOT, TINY, train_rows
 
 VALUES = ("0.001", "0.003")
@@ -45,7 +46,7 @@ def finished(sweep):
 def test_every_setting_and_seed_is_a_run_of_its_own(sweep, finished):
     for value in VALUES:
         for seed in (1337, 1338):
-            run = sweep.output / f"learning_rate={value}" / f"seed-{seed}"
+            run = sweep.output / f"learning_rate={value},seed={seed}"
             assert train_rows(run).keys() == {1, 2, 3, 4}
             recipe = json.loads((run / "run.json").read_text())["recipe"]
             assert (recipe["learning_rate"], recipe["seed"]) == (float(value), seed)
@@ -54,8 +55,8 @@ def test_every_setting_and_seed_is_a_run_of_its_own(sweep, finished):
 def test_the_table_has_the_mean_and_spread_of_the_runs_final_losses_best_first(sweep, finished):
     results = json.loads((sweep.output / "sweep.json").read_text())
     for result in results:
-        folder = sweep.output / f"learning_rate={result['setting']['learning_rate']}"
-        losses = [train_rows(folder / f"seed-{seed}", "val")[4]["loss"] for seed in (1337, 1338)]
+        stem = f"learning_rate={result['setting']['learning_rate']},seed="
+        losses = [train_rows(sweep.output / f"{stem}{seed}", "val")[4]["loss"] for seed in (1337, 1338)]
         assert result["losses"] == losses
         assert (result["mean"], result["std"]) == (fmean(losses), stdev(losses))
         assert f"| {fmean(losses):.4f} | {stdev(losses):.4f} | 2 |" in finished
@@ -66,7 +67,7 @@ def test_the_table_has_the_mean_and_spread_of_the_runs_final_losses_best_first(s
 
 
 def test_the_same_command_passes_over_what_is_finished_and_goes_on_with_what_is_not(sweep, finished):
-    done, broken = (sweep.output / f"learning_rate={value}" / "seed-1337" for value in VALUES)
+    done, broken = (sweep.output / f"learning_rate={value},seed=1337" for value in VALUES)
     expected = train_rows(broken)[4]["loss"]
     shutil.rmtree(broken / "step-00000004")
     before = json.loads((done / "run.json").read_text())
@@ -77,11 +78,14 @@ def test_the_same_command_passes_over_what_is_finished_and_goes_on_with_what_is_
     assert train_rows(broken)[4]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_finished_run_of_another_recipe_is_not_taken_for_this_ones(sweep, finished):
+def test_a_run_of_another_recipe_fails_and_an_earlier_table_stays(sweep, finished):
+    before = (sweep.output / "sweep.json").read_text()
     output = sweep("--set", "learning_rate=0.001", "--beta1", "0.8", exit_code=1)
-    assert "seed-1337 failed (error: output_dir" in output
+    assert "learning_rate=0.001,seed=1337 failed (error: output_dir" in output
     assert "beta1 is 0.9 there and 0.8 here" in output
-    assert "beta1 is 0.9 there and 0.8 here" in (sweep.output / "learning_rate=0.001" / "seed-1337.log").read_text()
+    log = sweep.output / "learning_rate=0.001,seed=1337.log"
+    assert "beta1 is 0.9 there and 0.8 here" in log.read_text()
+    assert (sweep.output / "sweep.json").read_text() == before
 
 
 def test_an_unknown_field_is_an_error_before_anything_starts(sweep, finished):
@@ -96,6 +100,23 @@ def test_a_grid_is_every_combination_of_its_fields():
         grid(["a=1,"])
 
 
+def planned(*settings: str, seeds: int = 1) -> list[tuple[dict, Recipe]]:
+    return list(plan_runs(str(ROOT / "recipes" / "demo.yaml"), [], list(settings), seeds=seeds, output="runs/x"))
+
+
+def test_seeds_are_the_recipes_and_those_after_it_or_the_ones_of_set():
+    assert [recipe.seed for _, recipe in planned("beta1=0.8", seeds=3)] == [1337, 1338, 1339]
+    runs = planned("seed=5,9", "beta1=0.8,0.9", seeds=3)
+    assert [(setting, recipe.seed) for setting, recipe in runs] == [
+        ({"beta1": "0.8"}, 5), ({"beta1": "0.8"}, 9), ({"beta1": "0.9"}, 5), ({"beta1": "0.9"}, 9),
+    ]  # fmt: skip
+
+
+def test_every_run_has_a_folder_of_its_own_name_inside_the_output():
+    folders = [recipe.output_dir for _, recipe in planned("init_from=../a,/b/c", seeds=2)]
+    assert folders == [f"runs/x/init_from={name},seed={seed}" for name in (".._a", "_b_c") for seed in (1337, 1338)]
+
+
 def test_a_setting_whose_runs_failed_stands_last_in_the_table():
     sound = {"setting": {"lr": "1"}, "mean": 3.0, "std": None, "losses": [3.0]}
     broken = {"setting": {"lr": "9"}, "mean": None, "std": None, "losses": []}
@@ -105,20 +126,17 @@ def test_a_setting_whose_runs_failed_stands_last_in_the_table():
 def test_a_run_that_was_stopped_is_the_last_one_that_starts(sweep, monkeypatch):
     started = []
 
-    def stopped_by_a_signal(argv, recipe, jobs):
+    def stopped_by_a_signal(recipe, jobs):
         started.append(recipe.output_dir)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("gpt2repro.tools.sweep.run", stopped_by_a_signal)
     recipe, output = sweep.output.parent / "tiny.yaml", sweep.output.parent / "stopped"
-    command = ["sweep", str(recipe), "--set", "learning_rate=1e-3,2e-3", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(KeyboardInterrupt):
-        main()
+    assert main([str(recipe), "--set", "learning_rate=1e-3,2e-3", "--output", str(output)]) == 130
     assert len(started) == 1
 
 
 def test_runs_at_one_time_need_a_dataset_that_is_there(sweep, tmp_path):
     fields = ["--source", "python-docs", "--tokenizer", "train:512", "--dataset_dir", str(tmp_path / "none")]
-    printed = sweep("--set", "learning_rate=1e-3,2e-3", "--jobs", "2", *fields, exit_code=2)
-    assert f"error: {tmp_path / 'none'} is not prepared" in printed
+    printed = sweep("--set", "learning_rate=1e-3,2e-3", "--jobs", "2", *fields, exit_code=1)
+    assert f"error: {tmp_path / 'none'} does not exist; prepare it" in printed

@@ -39,9 +39,8 @@ def test_a_model_that_is_not_gpt2_ends_with_both_figures_and_exit_code_1(tmp_pat
             "ctx": "A man opens a pan. he", "endings": ["eats it.", "stirs it.", "flies.", "is a pan."]}  # fmt: skip
     lines = [json.dumps({**item, "label": n % 4}) + "\n" for n in range(8)]
     (tmp_path / "hellaswag.jsonl").write_text("".join(lines))
-    (tmp_path / "text.txt").write_text("A pan is a pan. " * 40)
-    files = ["--data", tmp_path / "hellaswag.jsonl", "--text", tmp_path / "text.txt"]
-    done = verify("--model", tmp_path / "tiny", *files, HF_ENDPOINT="http://127.0.0.1:9")
+    files = ["--model", tmp_path / "tiny", "--data", tmp_path / "hellaswag.jsonl"]
+    done = verify(*files, HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 1
     error = done.stderr.splitlines()[-1]
     # Every ending is right twice in eight items, whichever it is that the model prefers.
@@ -50,13 +49,13 @@ def test_a_model_that_is_not_gpt2_ends_with_both_figures_and_exit_code_1(tmp_pat
         "harness 25.00 % (GPT-2 124M: 31.14 %)"
     )
     assert "largest difference of logits: " in done.stdout
-    assert "perplexity" in done.stdout and "GPT-2 is a language model t" in done.stdout
+    assert "GPT-2 is a language model t" in done.stdout
 
 
-def test_without_a_network_it_says_so_in_seconds(monkeypatch):
+def test_without_a_network_it_says_so_in_seconds(monkeypatch, capsys):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(sys, "argv", ["verify_gpt2"])
     began = time.monotonic()
-    with pytest.raises(ValueError, match="the Hub does not answer: go where there is a network, or give --model"):
-        main()
+    assert main([]) == 1
+    error = "error: the Hub does not answer: use a machine with a network, or give --model"
+    assert capsys.readouterr().err.startswith(error)
     assert time.monotonic() - began < 30  # the imports are done

@@ -1,0 +1,6 @@
+"""Old name of python -m gpt2repro.tools.doctor."""
+
+import runpy
+
+if __name__ == "__main__":
+    runpy.run_module("gpt2repro.tools.doctor", run_name="__main__")
