@@ -11,24 +11,19 @@ divides by (characters, bytes or tokens of each choice).
 import datasets
 import evaluate
 
-from .multiple_choice import accuracy
+from .accuracy import accuracy
+
+NUMBERS = datasets.Sequence(datasets.Value("float64"))
+FEATURES = {"predictions": NUMBERS, "references": datasets.Value("int64"), "lengths": NUMBERS}
 
 
 class MultipleChoiceAccuracy(evaluate.Metric):
-    """The figures of `eval.multiple_choice.accuracy`, for everything that speaks `evaluate`."""
+    """`eval.accuracy.accuracy` for programs that use `evaluate`."""
 
     def _info(self):
         return evaluate.MetricInfo(
-            description="Accuracy of the likeliest choice, and of the likeliest for its length.",
-            citation="",
-            inputs_description=__doc__,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("float64")),
-                    "references": datasets.Value("int64"),
-                    "lengths": datasets.Sequence(datasets.Value("float64")),
-                }
-            ),
+            description="Accuracy of the choice with the highest log-probability, and the highest for its length.",
+            citation="", inputs_description=__doc__, features=datasets.Features(FEATURES),
         )
 
     def _compute(self, predictions, references, lengths):

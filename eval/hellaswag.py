@@ -10,13 +10,14 @@ harness      "activity: ctx", brackets taken out     its characters         31.1
 Figures go to the JSON file, every item's scores to the .jsonl beside it. Name the style with every figure.
 """
 
-from .loading import run_command
-from .multiple_choice import command_parser, run_task
+import sys
+
+from .multiple_choice import benchmark_command, command_parser
 
 
-def main() -> None:
-    run_task(command_parser(__doc__).parse_args(), "hellaswag")
+def main(argv: list[str] | None = None) -> int:
+    return benchmark_command(command_parser(__doc__).parse_args(argv), "hellaswag")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(main())

@@ -27,9 +27,9 @@ class Evaluation:
         self.tasks = [prepare_task(task, data.tokenizer, max_length=longest) for task in recipe.eval_tasks]
 
     def __call__(self, step: int, model: Any) -> Iterator[Row]:
-        turns = ((self.recipe.eval_every, self._validation), (self.recipe.sample_every, self._samples))
-        for every, rows in turns:
-            if every and (step % every == 0 or step == self.recipe.max_steps):
+        recipe = self.recipe
+        for every, rows in ((recipe.eval_every, self._validation), (recipe.sample_every, self._samples)):
+            if every and (step % every == 0 or step == recipe.max_steps):
                 model.eval()
                 yield from rows(step, model)
                 model.train()
@@ -46,20 +46,18 @@ class Evaluation:
         if comparable and (warning := loss_warning(tokens, loss)):
             yield "warning", {"text": warning, "loss": loss, "tokens": tokens}
         if self.tasks and step:
-            share = {
-                "gather_object": gather_object, "rank": accelerator.process_index,
-                "world_size": accelerator.num_processes,
-            }  # fmt: skip
-            # A sharded model runs on all processes or on none, so there every process scores every item.
+            share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+            # A sharded model runs on all processes or on none: there every process scores every item.
+            share = {} if accelerator.is_fsdp2 else {**share, "gather_object": gather_object}
             with accelerator.autocast():
-                for row in evaluate_tasks(model, self.tasks, **({} if accelerator.is_fsdp2 else share)):
+                for row in evaluate_tasks(model, self.tasks, **share):
                     yield "eval", {"tokens": tokens, **row}
 
     def _samples(self, step: int, model: Any) -> Iterator[Row]:
-        """The same prompt every time; on every process, because a sharded model needs all of them to run."""
+        """Continuations of the same prompt every time; on every process, because a sharded model needs all of them."""
         recipe = self.recipe
         texts = sample(
             model, self.data.tokenizer, recipe.sample_prompt, num_samples=recipe.num_samples,
             max_new_tokens=recipe.sample_tokens, seed=recipe.seed,
-        )  # fmt: skip
+        )
         yield "sample", {"prompt": recipe.sample_prompt, "texts": texts}

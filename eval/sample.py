@@ -1,4 +1,4 @@
-"""Text from any checkpoint: greedy or top-k sampling, with a seed, once or in a conversation.
+"""Text from any checkpoint: greedy or top-k sampling with a seed, for one prompt or for many.
 
     python -m eval.sample --model runs/demo/latest --prompt "Hello, I'm a language model,"
     python -m eval.sample --model openai-community/gpt2 --interactive
@@ -6,32 +6,27 @@
 The texts, prompt included, go to standard output.
 """
 
+import argparse
 import sys
 
 import torch
 
-from .loading import load_from, max_positions, model_parser, run_command
+from gpt2repro import command
+
+from .loading import load_from, max_positions, model_parser
 
 
 @torch.no_grad()
 def sample(
-    model,
-    tokenizer,
-    prompt: str,
-    *,
-    num_samples: int = 4,
-    max_new_tokens: int = 32,
-    top_k: int = 50,
-    temperature: float = 1.0,
-    seed: int = 42,
-    **options,
+    model, tokenizer, prompt: str, *, num_samples: int = 4, max_new_tokens: int = 32, top_k: int = 50,
+    temperature: float = 1.0, seed: int = 42, **options,
 ) -> list[str]:
     """`num_samples` continuations of the prompt, each with the prompt before it.
 
     A text ends at <|endoftext|> or after `max_new_tokens`. An empty prompt starts a new document. `temperature=0` is
     greedy, which gives one text; `top_k=0` draws from the whole vocabulary; `options` go to `generate` as they are.
-    The random state of the caller is left as it was, and a compiled model runs eagerly: a sequence that grows by a
-    token a step would be compiled again and again.
+    The caller's random state stays as it is. A compiled model runs eagerly: a sequence that grows by a token a step
+    would be compiled again and again.
 
     Raises:
         ValueError: prompt and new tokens do not fit the model, or a number out of its range.
@@ -45,50 +40,48 @@ def sample(
             f"{max_positions(model)} positions: shorten the prompt or ask for fewer tokens"
         )
     input_ids = torch.tensor([ids], device=model.device)
-    drawn = {"top_k": top_k, "temperature": temperature, "num_return_sequences": num_samples} if temperature else {}
+    if temperature:
+        options |= {"top_k": top_k, "temperature": temperature, "num_return_sequences": num_samples}
     accelerators = [] if model.device.type == "cpu" else [model.device]
     with torch.random.fork_rng(accelerators), torch.compiler.set_stance("force_eager"):
         torch.manual_seed(seed)
         output = model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            do_sample=bool(drawn),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.eos_token_id,
-            **drawn,
-            **options,
+            input_ids, attention_mask=torch.ones_like(input_ids), do_sample=bool(temperature),
+            max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **options,
         )
     return tokenizer.batch_decode(output, skip_special_tokens=True)
 
 
-def main() -> None:
+def _print_samples(arguments: argparse.Namespace) -> None:
+    names = ("num_samples", "max_new_tokens", "top_k", "temperature", "seed")
+    settings = {name: getattr(arguments, name) for name in names}
+    model, tokenizer = load_from(arguments)
+    if not arguments.interactive:
+        print("\n".join(f"> {text}" for text in sample(model, tokenizer, arguments.prompt, **settings)))
+        return
+    print("a prompt and Enter; Ctrl-D ends", file=sys.stderr)
+    for line in sys.stdin:  # every prompt is independent of those before
+        try:
+            print(*sample(model, tokenizer, line.rstrip("\n"), **settings), sep="\n", flush=True)
+        except ValueError as error:  # a prompt that is too long must not end the session
+            command.explain(error)
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = model_parser(__doc__)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="the text to continue")
     prompt.add_argument("--interactive", action="store_true", help="read prompts from standard input, one a line")
     parser.add_argument("--num-samples", type=int, default=4, help="texts of a prompt (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="of a text (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, default=50, help="likeliest tokens; 0: all (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=50, help="most likely tokens; 0: all (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling (default: %(default)s)")
+    greedy = "always the most likely token: one text"
+    parser.add_argument("--greedy", dest="temperature", action="store_const", const=0.0, help=greedy)
     parser.add_argument("--seed", type=int, default=42, help="of the sampling (default: %(default)s)")
-    parser.add_argument(
-        "--greedy", dest="temperature", action="store_const", const=0.0, help="always the likeliest token: one text"
-    )
-    arguments = parser.parse_args()
-    names = ("num_samples", "max_new_tokens", "top_k", "temperature", "seed")
-    settings = {name: getattr(arguments, name) for name in names}
-    model, tokenizer = load_from(arguments)
-    if not arguments.interactive:
-        for text in sample(model, tokenizer, arguments.prompt, **settings):
-            print(f"> {text}")
-        return
-    print("a prompt and Enter; Ctrl-D ends", file=sys.stderr)
-    for line in sys.stdin:  # every prompt starts anew
-        try:
-            print(*sample(model, tokenizer, line.rstrip("\n"), **settings), sep="\n", flush=True)
-        except ValueError as error:  # a prompt that is too long must not end the conversation
-            print(f"error: {error}", file=sys.stderr)
+    arguments = parser.parse_args(argv)
+    return command.run(lambda: _print_samples(arguments))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(main())

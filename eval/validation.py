@@ -1,13 +1,15 @@
-"""The loss of a model on held-out text: nats per token, perplexity, bits per byte.
+"""Validation loss of a model on held-out text: nats per token, perplexity, bits per byte.
 
     python -m eval.validation --model runs/demo/latest --dataset data/shakespeare --output val.json
     python -m eval.validation --model openai-community/gpt2 --text book.txt --stride 512 --output val.json
 
-Works for every causal language model of the library, so that a baseline comes out of the same code as the run that is
-compared with it. The JSON holds `loss`, `perplexity`, `bits_per_byte`, `tokens` and what they were measured on.
+Works for every causal language model of the library, so that a baseline and a run are measured by the same code. The
+JSON holds `loss`, `perplexity`, `bits_per_byte`, `tokens` and what they were measured on.
 """
 
+import argparse
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -15,17 +17,18 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from gpt2repro.data.loader import validation_batches
+from gpt2repro import command
+from gpt2repro.data.loader import Batch, validation_batches
 from gpt2repro.data.shards import open_dataset, tokenizer_sha256
 
-from .loading import load_from, max_positions, model_parser, output_file, run_command, write_json
-
-Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
+from .loading import load_from, max_positions, model_parser
+from .output import check_output, write_results
 
 
 @torch.no_grad()
 def validation_loss(
-    model, batches: Batches, *, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None, loss_impl: str = "plain"
+    model, batches: Iterable[Batch], *, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    loss_impl: str = "plain",
 ) -> tuple[float, int]:
     """Mean loss in nats per token over `batches`, and the number of tokens that it is the mean of.
 
@@ -54,10 +57,8 @@ def validation_loss(
 def _summed_loss(model, input_ids: torch.Tensor, targets: torch.Tensor, loss_impl: str) -> torch.Tensor:
     """The sum of the cross-entropies of a batch, in nats."""
     if model.config.model_type == "gpt2repro":  # as in training: what fits there fits here
-        return model(
-            input_ids, shift_labels=targets, num_items_in_batch=1, use_cache=False, skip_logits=True,
-            loss_impl=loss_impl,
-        ).loss  # fmt: skip
+        options = {"num_items_in_batch": 1, "use_cache": False, "skip_logits": True, "loss_impl": loss_impl}
+        return model(input_ids, shift_labels=targets, **options).loss
     logits = model(input_ids, use_cache=False).logits  # (B, T, V)
     # Row by row: the float32 copy of all logits at once would be the largest tensor of the whole evaluation.
     rows = zip(logits, targets, strict=True)
@@ -66,7 +67,7 @@ def _summed_loss(model, input_ids: torch.Tensor, targets: torch.Tensor, loss_imp
 
 def text_windows(
     ids: list[int], *, start_id: int, seq_len: int, stride: int, batch_size: int, device: str | torch.device = "cpu"
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[Batch]:
     """Batches that count every token of a text once, each with at least seq_len - stride tokens before it.
 
     The text follows `start_id`, so that its first token is predicted as well. With stride = seq_len the windows do not
@@ -80,17 +81,15 @@ def text_windows(
         raise ValueError(f"stride is {stride}: give 1 to seq_len={seq_len}")
     if not ids:
         raise ValueError("the text has no tokens: give a text that is not empty")
-    stream = np.array([start_id, *ids], dtype=np.int64)
-    last_start = max(0, math.ceil((len(ids) - seq_len) / stride)) * stride
-    starts = list(range(0, last_start + 1, stride))
-    for first in range(0, len(starts), batch_size):
-        input_ids = np.full((batch_size, seq_len), start_id, dtype=np.int64)
-        targets = np.full((batch_size, seq_len), -100, dtype=np.int64)
-        for row, start in enumerate(starts[first : first + batch_size]):
-            window = stream[start : start + seq_len + 1]
-            input_ids[row, : len(window) - 1] = window[:-1]
-            fresh = 0 if start == 0 else seq_len - stride  # the tokens before were counted in the window before
-            targets[row, fresh : len(window) - 1] = window[fresh + 1 :]
+    stream, columns = np.array([start_id, *ids], dtype=np.int64), np.arange(seq_len)
+    windows = 1 + max(0, math.ceil((len(ids) - seq_len) / stride))
+    for first in range(0, windows, batch_size):
+        starts = np.arange(first, first + batch_size)[:, None] * stride
+        places = starts + columns  # (batch_size, seq_len)
+        # The window before counted the columns before these.
+        counted = ((starts == 0) | (columns >= seq_len - stride)) & (places < len(ids))
+        targets = np.where(counted, stream.take(places + 1, mode="clip"), -100)
+        input_ids = stream.take(places, mode="clip")
         yield torch.from_numpy(input_ids).to(device), torch.from_numpy(targets).to(device)
 
 
@@ -120,10 +119,10 @@ def _dataset_loss(model, tokenizer, folder: str, *, seq_len: int, batch_size: in
     batches = validation_batches(
         stream, seq_len=seq_len, max_tokens=max_tokens or stream.tokens, micro_batch_size=batch_size,
         vocab_size=dataset.vocab_size, device=model.device,
-    )  # fmt: skip
+    )
     loss, tokens = validation_loss(model, batches)
-    of_token = bytes_per_token(tokenizer)
-    size = None if of_token is None else int(of_token[stream.read(1, tokens)].sum())
+    sizes = bytes_per_token(tokenizer)
+    size = None if sizes is None else int(sizes[stream.read(1, tokens)].sum())
     return {"loss": loss, "tokens": tokens, "bytes": size}
 
 
@@ -133,15 +132,37 @@ def _text_loss(model, tokenizer, file: str, *, seq_len: int, batch_size: int, st
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     start_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start_id is None:
-        raise ValueError("the tokenizer has neither a bos nor an eos token for a text to follow: give another one")
-    batches = text_windows(
-        ids, start_id=start_id, seq_len=seq_len, stride=stride, batch_size=batch_size, device=model.device
-    )
-    loss, tokens = validation_loss(model, batches)
+        raise ValueError("the tokenizer has neither a bos nor an eos token to start a text with: give another one")
+    shape = {"seq_len": seq_len, "stride": stride, "batch_size": batch_size}
+    loss, tokens = validation_loss(model, text_windows(ids, start_id=start_id, device=model.device, **shape))
     return {"loss": loss, "tokens": tokens, "bytes": len(text.encode("utf-8")), "stride": stride}
 
 
-def main(argv: list[str] | None = None) -> None:
+def _measure(arguments: argparse.Namespace) -> None:
+    check_output(arguments.output)
+    model, tokenizer = load_from(arguments)
+    seq_len = arguments.seq_len or max_positions(model)
+    if not 1 <= seq_len <= max_positions(model):
+        raise ValueError(f"--seq-len is {seq_len}: the model takes 1 to {max_positions(model)} tokens")
+    shape = {"seq_len": seq_len, "batch_size": arguments.batch_size}
+    if arguments.dataset:
+        result = _dataset_loss(model, tokenizer, arguments.dataset, max_tokens=arguments.max_tokens, **shape)
+    else:
+        result = _text_loss(model, tokenizer, arguments.text, stride=arguments.stride or seq_len, **shape)
+    loss, tokens, size = result["loss"], result["tokens"], result["bytes"]
+    result |= {
+        "perplexity": math.exp(loss),
+        "bits_per_byte": loss * tokens / math.log(2) / size if size else None,
+        "seq_len": seq_len, "model": arguments.model, "measured_on": arguments.dataset or arguments.text,
+        "dtype": arguments.dtype,
+    }
+    bits = f"{result['bits_per_byte']:.4f}" if size else "not known for this tokenizer"
+    print(f"loss {loss:.4f}  perplexity {result['perplexity']:.2f}  bits per byte {bits}  tokens {tokens:,}")
+    if arguments.output:
+        write_results(arguments.output, result)
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = model_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--dataset", help="folder of prepared token shards; its validation split is measured")
@@ -156,29 +177,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--stride goes with --text: the windows of a prepared dataset do not overlap")
     if arguments.text and arguments.max_tokens:
         parser.error("--max-tokens goes with --dataset: a text is measured to its end")
-    model, tokenizer = load_from(arguments)
-    seq_len = arguments.seq_len or max_positions(model)
-    if not 1 <= seq_len <= max_positions(model):
-        raise ValueError(f"--seq-len is {seq_len}: the model takes 1 to {max_positions(model)} tokens")
-    shape = {"seq_len": seq_len, "batch_size": arguments.batch_size}
-    if arguments.dataset:
-        result = _dataset_loss(model, tokenizer, arguments.dataset, max_tokens=arguments.max_tokens, **shape)
-    else:
-        result = _text_loss(model, tokenizer, arguments.text, stride=arguments.stride or seq_len, **shape)
-    loss, tokens, size = result["loss"], result["tokens"], result["bytes"]
-    result |= {
-        "perplexity": math.exp(loss),
-        "bits_per_byte": loss * tokens / math.log(2) / size if size else None,
-        "seq_len": seq_len,
-        "model": arguments.model,
-        "measured_on": arguments.dataset or arguments.text,
-        "dtype": arguments.dtype,
-    }
-    bits = f"{result['bits_per_byte']:.4f}" if size else "not known for this tokenizer"
-    print(f"loss {loss:.4f}  perplexity {result['perplexity']:.2f}  bits per byte {bits}  tokens {tokens:,}")
-    if arguments.output:
-        write_json(output_file(arguments.output), result)
+    return command.run(lambda: _measure(arguments))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(main())

@@ -97,7 +97,8 @@ def row_text(kind: str, values: dict[str, Any]) -> list[str]:
             loss = math.nan if values["loss"] is None else values["loss"]
             return [f"validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700.0)):,.1f}"]
         case "eval":
-            return [", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())]
+            figures = {name: value for name, value in values.items() if name != "dataset"}
+            return [", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())]
         case "sample":
             return [f"sample: {' '.join(text.split())}" for text in values["texts"]]
         case "checkpoint":

@@ -38,7 +38,7 @@ def test_nothing_is_compiled_after_the_first_round_of_training_and_evaluating(fr
 
 
 def test_local_evaluation_imports_nothing_that_only_the_hub_pictures_or_lm_eval_need():
-    modules = "hellaswag inspect_model lm_harness loading multiple_choice report sample tasks validation".split()
+    modules = "hellaswag in_training lm_harness multiple_choice sample validation".split()
     program = f"""
 import sys
 for name in ("datasets", "evaluate", "lm_eval", "matplotlib", "pandas"):

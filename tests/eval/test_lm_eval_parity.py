@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from configuration_gpt2repro import GPT2ReproConfig
-from eval.multiple_choice import score_task, summarise
+from eval.accuracy import summarise
+from eval.multiple_choice import score_task
 from eval.tasks import Row, read_rows
 from modeling_gpt2repro import GPT2ReproForCausalLM
 

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from eval.multiple_choice import score_task, summarise
+from eval.accuracy import summarise
+from eval.multiple_choice import score_task
 from eval.tasks import read_rows
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install -c constraints.txt lm_eval")

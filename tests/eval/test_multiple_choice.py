@@ -10,16 +10,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eval.multiple_choice import (
-    Sequences,
-    accuracy,
-    evaluate_tasks,
-    prepare_task,
-    score_items,
-    score_task,
-    summarise,
-)
-from eval.tasks import Row, read_rows
+from eval.accuracy import accuracy, summarise
+from eval.hellaswag import main
+from eval.multiple_choice import evaluate_tasks, prepare_task, score_task
+from eval.scoring import Sequences, score_items
+from eval.tasks import Row, read_rows, render
 
 
 def hellaswag_rows(count: int) -> list[dict]:
@@ -240,18 +235,30 @@ GOOD = {"ctx": "the man", "endings": ["a", "b", "c", "d"], "label": 2}
     [
         ({**GOOD, "label": 4}, "line 2: the label is 4, expected 0 to 3"),
         ({**GOOD, "label": -1}, "line 2: the label is -1, expected 0 to 3"),
-        ({**GOOD, "label": ""}, "line 2: a field of hellaswag has a value of another form"),
+        ({**GOOD, "label": ""}, "line 2: the label is '', expected 0 to 3"),
         ({**GOOD, "endings": ["a", " ", "c", "d"]}, "line 2: choice 1 is ' ', expected text"),
         ({**GOOD, "endings": ["a"]}, "line 2: 1 choices, expected at least 2"),
         ({"ctx": "the man", "label": 0}, "line 2: hellaswag needs the field 'endings', the row has ctx, label"),
         ([1, 2], "line 2: no JSON object, but '[1, 2]'"),
+        ({**GOOD, "label": 1.5}, "line 2: the label is 1.5, expected 0 to 3"),
+        ({**GOOD, "label": True}, "line 2: the label is True, expected 0 to 3"),
+        ({**GOOD, "label": None}, "line 2: the label is None, expected 0 to 3"),
+        ({"ctx": "the man", "endings": ["a", "b"]}, "line 2: hellaswag needs the field 'label'"),
+        ({**GOOD, "endings": "abcd"}, "a field of hellaswag has a value of another type ('abcd' is not a list)"),
+        ({**GOOD, "endings": ["a", 2, "c", "d"]}, "line 2: a field of hellaswag has a value of another type"),
+        ({**GOOD, "ctx": ["a", "b", "c", "d"]}, "line 2: a field of hellaswag has a value of another type"),
+        ({**GOOD, "ctx": 5}, "line 2: a field of hellaswag has a value of another type"),
+        ({**GOOD, "ctx": "a\ud800"}, r"line 2: .*'\\ud800' in position 1: surrogates not allowed"),
         ("{broken", "line 2: no JSON"),
+        ("[" * 100_000, "line 2: no JSON"),
+        ("\udcff", "line 2: no JSON"),
         ({**GOOD, "endings": ["a", "the man " * 40, "c", "d"]}, "line 2: the continuation .* has 81 tokens"),
     ],
 )
 def test_a_bad_line_is_named_with_its_number(tiny_model, bpe, tmp_path, line, message):
     data = tmp_path / "items.jsonl"
-    data.write_text(json.dumps(GOOD) + "\n" + (line if isinstance(line, str) else json.dumps(line)) + "\n")
+    text = json.dumps(GOOD) + "\n" + (line if isinstance(line, str) else json.dumps(line)) + "\n"
+    data.write_text(text, errors="surrogateescape")
     with pytest.raises(ValueError, match=message if ".*" in message else re.escape(message)):
         rows = read_rows("hellaswag", data=data)
         score_task(tiny_model, bpe, "hellaswag", items=rows, style="completion")
@@ -297,3 +304,51 @@ def test_the_command_writes_figures_and_items_the_same_from_one_process_and_two(
     assert [item["index"] for item in items[1]] == list(range(11))
     for key in ("prediction", "prediction_norm", "label"):
         assert [item[key] for item in items[0]] == [item[key] for item in items[1]]
+    assert figures[0]["dataset"] == {"path": "Rowan/hellaswag", "name": None, "split": "validation"}
+
+
+QUESTION = {"question_stem": "The", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
+BAD_ROWS = [
+    ("piqa", {"goal": 5, "sol1": "a", "sol2": "b", "label": 0}),
+    ("piqa", {"goal": "The", "sol1": ["a"], "sol2": "b", "label": 0}),
+    ("openbookqa", {**QUESTION, "answerKey": "C"}),
+    ("openbookqa", {**QUESTION, "choices": {"text": "ab", "label": ["A", "B"]}}),
+    ("openbookqa", {**QUESTION, "choices": ["a", "b"]}),
+    ("openbookqa", {**QUESTION, "question_stem": ["a", "b"]}),
+    ("copa", {"premise": "A.", "choice1": "a", "choice2": "b", "question": "why", "label": 0}),
+    ("winogrande", {"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}),
+    ("winogrande", {"sentence": "a _ b", "option1": "a", "option2": "b", "answer": ""}),
+    ("wsc273", {"text": "a b", "pronoun": "b", "pronoun_loc": 2, "options": "xy", "label": 0}),
+    ("wsc273", {"context_options": "xy", "continuation": "a", "gold": 0}),
+    ("piqa", {"query": "Question: a\n", "choices": "xy", "gold": 0}),
+    ("lambada_openai", {"context": ["a"], "continuation": "b"}),
+]
+
+
+@pytest.mark.parametrize(("task", "fields"), BAD_ROWS)
+def test_a_row_of_another_form_is_named_in_every_task(task, fields):
+    with pytest.raises(ValueError, match=r"^items\.jsonl, line 7: "):
+        render(Row("items.jsonl, line 7", fields), task)
+
+
+@pytest.mark.parametrize("output", ["t.json", "t.jsonl", "other.json", "folder.json"])
+def test_an_output_that_would_replace_a_file_of_another_kind_is_refused(
+    checkpoint, tmp_path, monkeypatch, capsys, output
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.jsonl").write_text(json.dumps(GOOD) + "\n")
+    (tmp_path / "other.json").write_text("{}")
+    (tmp_path / "folder.json").mkdir()
+    assert main(["--model", str(checkpoint), "--data", "t.jsonl", "--output", output, "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "give" in line
+    assert (tmp_path / "t.jsonl").read_text() == json.dumps(GOOD) + "\n"
+    assert (tmp_path / "other.json").read_text() == "{}"
+
+
+def test_results_replace_earlier_results(checkpoint, tmp_path):
+    (tmp_path / "items.jsonl").write_text(json.dumps(GOOD) + "\n")
+    command = ["--model", str(checkpoint), "--data", str(tmp_path / "items.jsonl"), "--device", "cpu"]
+    for _ in range(2):
+        assert main([*command, "--output", str(tmp_path / "new" / "F.json")]) == 0
+    assert json.loads((tmp_path / "new" / "F.json").read_text())["n"] == 1

@@ -70,13 +70,12 @@ def test_a_setting_out_of_range_is_named(tiny_model, bpe, settings, message):
         sample(tiny_model, bpe, "The man", **settings)
 
 
-def test_the_command_prints_texts_and_converses(checkpoint, tiny_model, bpe, monkeypatch, capsys):
+def test_the_command_prints_texts_and_converses(checkpoint, tiny_model, bpe, capsys):
     from eval import sample as module
 
     arguments = ["--model", str(checkpoint), "--max-new-tokens", "4", "--greedy", "--device", "cpu"]
     expected = sample(tiny_model, bpe, "The man", max_new_tokens=4, temperature=0)[0]
-    monkeypatch.setattr(sys, "argv", ["sample", *arguments, "--prompt", "The man"])
-    module.main()
+    assert module.main([*arguments, "--prompt", "The man"]) == 0
     assert capsys.readouterr().out == f"> {expected}\n"
     command = [sys.executable, "-m", "eval.sample", *arguments, "--interactive"]
     talk = subprocess.run(command, input="The man\nThe man\n", capture_output=True, text=True)

@@ -111,15 +111,14 @@ def prepared(tmp_path, checkpoint):
 
 
 def test_a_prepared_dataset_is_measured_over_all_windows_of_its_validation_split(
-    prepared, checkpoint, tiny_model, bpe, monkeypatch, tmp_path
+    prepared, checkpoint, tiny_model, bpe, tmp_path
 ):
     from eval import validation
     from gpt2repro.data.shards import open_dataset
 
     output = tmp_path / "val.json"
-    command = ["validation", "--model", str(checkpoint), "--dataset", str(prepared), "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", [*command, "--seq-len", "32", "--device", "cpu"])
-    validation.main()
+    command = ["--model", str(checkpoint), "--dataset", str(prepared), "--output", str(output)]
+    assert validation.main([*command, "--seq-len", "32", "--device", "cpu"]) == 0
     result = json.loads(output.read_text())
     stream = open_dataset(prepared).split("val")
     windows = (stream.tokens - 1) // 32
@@ -135,7 +134,7 @@ def test_a_prepared_dataset_is_measured_over_all_windows_of_its_validation_split
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=0.01)  # a cut “ at the end
 
 
-def test_a_dataset_of_another_tokenizer_is_refused(prepared, stock_model, tmp_path, monkeypatch):
+def test_a_dataset_of_another_tokenizer_is_refused(prepared, stock_model, tmp_path, capsys):
     from eval import validation
 
     other = tmp_path / "other"
@@ -146,9 +145,8 @@ def test_a_dataset_of_another_tokenizer_is_refused(prepared, stock_model, tmp_pa
     first, second = list(vocabulary)[300:302]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    monkeypatch.setattr(sys, "argv", ["validation", "--model", str(other), "--dataset", str(prepared)])
-    with pytest.raises(ValueError, match="was prepared with another tokenizer"):
-        validation.main()
+    assert validation.main(["--model", str(other), "--dataset", str(prepared)]) == 1
+    assert "was prepared with another tokenizer" in capsys.readouterr().err
 
 
 def run_validation(*arguments):
@@ -156,7 +154,7 @@ def run_validation(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_the_command_measures_a_text_file_and_names_what_is_wrong(checkpoint, tmp_path, tiny_model, bpe, monkeypatch):
+def test_the_command_measures_a_text_file_and_names_what_is_wrong(checkpoint, tmp_path, tiny_model, bpe):
     from eval import validation
 
     text = "The man throws the ball. She said “no”.\n" * 4
@@ -164,8 +162,8 @@ def test_the_command_measures_a_text_file_and_names_what_is_wrong(checkpoint, tm
     output = tmp_path / "out" / "val.json"
     common = ["--model", str(checkpoint), "--text", str(tmp_path / "text.txt"), "--device", "cpu"]
     more = ["--seq-len", "32", "--stride", "8", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", ["validation", *common, *more])
-    validation.main()
+    assert validation.main([*common, *more]) == 0
+    assert validation.main([*common, *more]) == 0  # replaces its own results
     result = json.loads(output.read_text())
     ids = bpe(text)["input_ids"]
     loss, tokens = slow_loss(tiny_model, [0, *ids], seq_len=32, stride=8)

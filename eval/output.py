@@ -1,0 +1,51 @@
+"""Result files of the commands. They replace results of an earlier evaluation and no other file."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpt2repro.command import UsageError
+from gpt2repro.files import write_whole
+
+RESULT_KEYS = {"acc", "bits_per_byte", "lm_eval", "prediction"}  # no other file of a model, a run or a task has them
+
+
+def check_output(output: str | None, *, items: bool = False) -> None:
+    """Refuse an --output that would replace anything but earlier results; called before the work.
+
+    Raises:
+        UsageError: the file, or with `items` the .jsonl beside it, holds something else, such as the command's input.
+    """
+    if not output:
+        return
+    if Path(output).suffix == ".jsonl":
+        raise UsageError(f"--output is {output}: give the name of a JSON file; items go to the .jsonl beside it")
+    for path in (Path(output), Path(output).with_suffix(".jsonl"))[: 1 + items]:
+        if path.exists() and not (path.is_file() and _holds_results(path)):
+            raise UsageError(f"{path} exists and holds no results of an evaluation: give --output another name")
+
+
+def _holds_results(path: Path) -> bool:
+    """Whether a file is empty or written by `write_results`."""
+    with open(path, "rb") as file:
+        text = file.readline() if path.suffix == ".jsonl" else file.read()
+    try:
+        value = json.loads(text or '{"acc": 0}')
+    except ValueError:
+        return False
+    return isinstance(value, dict) and bool(value.keys() & RESULT_KEYS)
+
+
+def output_file(path: str | Path) -> Path:
+    """The path of a file that a command is about to write; makes its folder and prints its name."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    print(f"writing {path}")
+    return Path(path)
+
+
+def write_results(output: str, figures: dict, *, items: Sequence[dict] = ()) -> None:
+    """The figures as a JSON object for people, and the items, if any, as a line each in the .jsonl beside it."""
+    if items:
+        lines = "".join(json.dumps(item) + "\n" for item in items)
+        write_whole(output_file(Path(output).with_suffix(".jsonl")), lines)
+    write_whole(output_file(output), json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
