@@ -1,31 +1,39 @@
-"""How fast HellaSwag is scored: our scorer, one item at a time, and lm-eval at its best batch size.
+"""HellaSwag scoring throughput: our scorer, one item at a time, and lm-eval at its best batch size.
 
     python -m benchmarks.eval_throughput --data hellaswag.jsonl --tokenizer gpt2 [--items 48] [--json F]
-    python -m benchmarks.eval_throughput --data hellaswag.jsonl --tokenizer gpt2 --device cuda --items 10042 --tf32
+    python -m benchmarks.eval_throughput --data hellaswag.jsonl --tokenizer gpt2 --dtype bfloat16 --items 10042
 
-Weights are random at the shape of GPT-2 124M: speed does not depend on their values. All ways score the same items
-from their texts on, tokenising included, and take turns in one process; the median of the rounds counts. Processor
-time is given too: on a machine with other work it is the steadier figure (with OMP_NUM_THREADS=1, else waiting counts
-as well). Ours is measured in the style of the rival: `completion` beside one item at a time (what the original does),
-`harness` beside lm-eval.
+Weights are random at the shape of GPT-2 124M: speed does not depend on their values. Every way scores the same items,
+tokenisation included; the ways take turns in one process, and the median of the rounds counts. Each rival is compared
+with ours in its own style: `completion` with one item at a time (as build-nanogpt scores), `harness` with lm-eval.
+Set OMP_NUM_THREADS=1 on a machine with other work, or waiting threads count as processor time.
 """
 
+import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
-from statistics import median
 
 import torch
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from benchmarks.measuring import Seconds, command_line, finish, machine, print_row, time_in_turns
+from benchmarks.measuring import compare, finish, model_parser, print_row, time_in_turns
 from configuration_gpt2repro import NAMED_SHAPES, GPT2ReproConfig
-from eval.loading import run_command
-from eval.multiple_choice import encode, score_items, score_task
-from eval.tasks import Row, read_rows, render
+from gpt2repro import command
+from gpt2repro.eval.multiple_choice import score_task
+from gpt2repro.eval.tasks import Row, read_rows, render
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
-Scorer = Callable[[], list[int]]  # the predictions (acc_norm) of all items
+Scorer = Callable[[], list[int]]  # returns the predictions (acc_norm) of all items
+
+
+def our_scorer(model, tokenizer, rows: list[Row], **options) -> Scorer:
+    def score() -> list[int]:
+        results = score_task(model, tokenizer, "hellaswag", items=rows, **options)
+        return [result["prediction_norm"] for result in sorted(results, key=lambda result: result["index"])]
+
+    return score
 
 
 @torch.no_grad()
@@ -33,14 +41,11 @@ def one_item_at_a_time(model, tokenizer, rows: list[Row]) -> list[int]:
     """The four endings of an item as one padded batch of four, logits and losses at every position."""
     predictions = []
     for row in rows:
-        context = tokenizer(row.fields["ctx"])["input_ids"]
-        endings = [tokenizer(" " + ending)["input_ids"] for ending in row.fields["endings"]]
-        longest = len(context) + max(map(len, endings))
-        tokens, mask = torch.zeros(4, longest, dtype=torch.long), torch.zeros(4, longest)
-        for index, ending in enumerate(endings):
-            tokens[index, : len(context) + len(ending)] = torch.tensor(context + ending)
-            mask[index, len(context) : len(context) + len(ending)] = 1
-        tokens, mask = tokens.to(model.device), mask[:, 1:].to(model.device)
+        context = row.fields["ctx"]
+        texts = [f"{context} {ending}" for ending in row.fields["endings"]]
+        batch = tokenizer(texts, padding=True, return_tensors="pt").to(model.device)
+        tokens, mask = batch["input_ids"], batch["attention_mask"][:, 1:]
+        mask[:, : len(tokenizer(context)["input_ids"]) - 1] = 0  # the endings alone count
         logits = model(tokens).logits[:, :-1]
         losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view_as(mask)
         predictions.append(int(((losses * mask).sum(1) / mask.sum(1)).argmin()))
@@ -65,75 +70,42 @@ def lm_eval_scorer(model, tokenizer, rows: list[Row], batch_size: int) -> Scorer
     return score
 
 
-def predictions(results: list[dict]) -> list[int]:
-    return [result["prediction_norm"] for result in sorted(results, key=lambda result: result["index"])]
-
-
-def all_ways(model, tokenizer, rows: list[Row], lm_eval_batch_sizes: list[int]) -> dict[str, Scorer]:
-    def ours(style: str, **options) -> Scorer:
-        return lambda: predictions(score_task(model, tokenizer, "hellaswag", items=rows, style=style, **options))
-
-    # What a training loop does every N steps: the items were tokenised once, before.
-    items = [render(row, "hellaswag", "completion") for row in rows]
-    encoded = encode(items, tokenizer, max_length=model.config.n_positions)
+def measure(arguments: argparse.Namespace) -> dict:
+    """Items a second of every way, and how many times as fast ours is."""
+    torch.manual_seed(0)
+    model = GPT2ReproForCausalLM(GPT2ReproConfig(**NAMED_SHAPES[arguments.model_shape])).eval()
+    model.to(arguments.device, getattr(torch, arguments.dtype))
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer, padding_side="right")
+    tokenizer.pad_token = tokenizer.eos_token
+    file, count = read_rows("hellaswag", data=arguments.data), arguments.items
+    rows = [file[index * len(file) // count] for index in range(count)]  # spread over the file
+    own = partial(our_scorer, model, tokenizer, rows)
     ways = {
-        "ours, completion": ours("completion"),
-        "ours, completion, tokenised before": lambda: predictions(score_items(model, encoded)),
-        "ours, completion, context not shared": ours("completion", share_prefix=False),
+        "ours, completion": own(style="completion"),
+        "ours, completion, context not shared": own(style="completion", share_prefix=False),
         "one item at a time": partial(one_item_at_a_time, model, tokenizer, rows),
-        "ours, harness": ours("harness"),
+        "ours, harness": own(style="harness"),
     }
-    for size in lm_eval_batch_sizes:
+    for size in arguments.lm_eval_batch_sizes:
         ways[f"lm-eval, batch size {size}"] = lm_eval_scorer(model, tokenizer, rows, size)
-    return ways
+    figures = compare(time_in_turns(ways, rounds=arguments.rounds, warmup=1), amount=count, unit="items")
+    predictions = {name: score() for name, score in ways.items()}
+    for name, expected in ("ours, completion", "one item at a time"), ("ours, harness", [*ways][-1]):
+        same = sum(a == b for a, b in zip(predictions[name], predictions[expected], strict=True))
+        print_row(f"{name} / {expected}", f"{same} of {count} predictions are the same")
+    return {"benchmark": "eval_throughput", **figures}
 
 
-def compare(seconds: dict[str, Seconds], predicted: dict[str, list[int]]) -> dict[str, dict[str, float]]:
-    """How many times as fast ours is, in the rival's style, as one item at a time and as lm-eval at its best."""
-    rivals = {"one item at a time": "ours, completion"}
-    lm_eval = [name for name in seconds if name.startswith("lm-eval")]
-    if lm_eval:
-        rivals[min(lm_eval, key=lambda name: seconds[name].clock)] = "ours, harness"
-    ratios = {}
-    print_row("ours is faster than", "times", "by processor", "predicts the same")
-    for name, own in rivals.items():
-        ratios[name] = {what: getattr(seconds[name], what) / getattr(seconds[own], what) for what in Seconds._fields}
-        same = sum(a == b for a, b in zip(predicted[name], predicted[own], strict=True))
-        print_row(name, *(f"{ratio:.2f}" for ratio in ratios[name].values()), f"{same} of {len(predicted[own])}")
-    return ratios
-
-
-def main() -> None:
-    parser = command_line(__doc__)
+def main(argv: list[str] | None = None) -> int:
+    parser = model_parser(__doc__, rounds=3)
     parser.add_argument("--data", required=True, help="HellaSwag items as JSONL")
     parser.add_argument("--tokenizer", required=True, help="folder or Hub id of GPT-2's tokenizer")
-    parser.add_argument("--model", default="gpt2", choices=list(NAMED_SHAPES), help="shape of the random weights")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--tf32", action="store_true", help="TensorFloat32 matmuls on a GPU")
     parser.add_argument("--items", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lm-eval-batch-sizes", type=int, nargs="*", default=[1, 4, 16, 64], help="in choices")
-    arguments = parser.parse_args()
-    if arguments.tf32:
-        torch.set_float32_matmul_precision("high")
-    torch.manual_seed(0)
-    model = GPT2ReproForCausalLM(GPT2ReproConfig(**NAMED_SHAPES[arguments.model])).eval()
-    model.to(arguments.device, getattr(torch, arguments.dtype))
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    found, count = read_rows("hellaswag", data=arguments.data), arguments.items
-    rows = [found[index * len(found) // count] for index in range(count)]  # spread over the file, or over and over
-    ways = all_ways(model, tokenizer, rows, arguments.lm_eval_batch_sizes)
-    timings, predicted = time_in_turns(ways, rounds=arguments.rounds, warmup=1)
-    seconds = {name: Seconds(*map(median, zip(*values, strict=True))) for name, values in timings.items()}
-    print_row("way", "seconds", "items/s", "processor s")
-    for name, (clock, processor) in seconds.items():
-        print_row(name, f"{clock:.3f}", f"{len(rows) / clock:.2f}", f"{processor:.3f}")
-    ratios = compare(seconds, predicted)
-    settings = {key: value for key, value in vars(arguments).items() if key not in ("data", "tokenizer", "json")}
-    finish({"seconds": seconds, "ratios": ratios, "settings": settings, "machine": machine(arguments.device)},
-           arguments.json)  # fmt: skip
+    arguments = parser.parse_args(argv)
+    return command.run(lambda: finish(arguments, measure(arguments)))
 
 
 if __name__ == "__main__":
-    run_command(main)
+    sys.exit(main())

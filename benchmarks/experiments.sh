@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Every experiment of docs/experiments.md, one after another; the same command again goes on where it was stopped.
+# Every experiment of docs/experiments.md, one after another; the same command again resumes after a stop.
 #
 #   benchmarks/experiments.sh 'path/to/corpus/train-*.jsonl.zst' runs/experiments [MAX_STEPS]
 #
-# Sized for two CPU cores: 50 runs of recipes/corpus-small.yaml (MAX_STEPS, 300 by default, of 4,096 tokens), JOBS at a
-# time (2 by default, of one thread each: 7,300 tokens/s each in bf16 on an AMD EPYC, 27 % more in all than one run on
-# both cores), take 160 minutes of processor time. A sweep a folder: sweep.json, sweep.png and a log beside every run.
-# LEARNING_RATE and MUON_LEARNING_RATE are the best of the first two sweeps, looked up in their sweep.json.
+# Sized for two CPU cores: 50 runs of recipes/corpus-small.yaml take 160 minutes of processor time. A run has MAX_STEPS
+# (default: 300) steps of 4,096 tokens. JOBS (default: 2) runs at a time have one thread each: 7,300 tokens/s each in bf16
+# on an AMD EPYC, together 27 % more than one run on both cores. Every sweep has a folder with sweep.json, sweep.png and a
+# log beside every run. LEARNING_RATE and MUON_LEARNING_RATE are the best values of the first two sweeps.
 set -eu
 corpus=$(realpath -m "$1") out=$(realpath -m "$2") steps=${3:-300}
 python=${PYTHON:-.venv/bin/python}
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
 
-# ---- the data: one vocabulary for all, and a part that the steps see twice ------------------------------------
+# ---- the data: one vocabulary for all runs, and a part that the steps read twice -------------------------------
 if [ ! -e "$out/corpus/dataset.json" ]; then
     "$python" -m gpt2repro.data.prepare --source files --files "$corpus" --tokenizer train:4096 --fast \
         --out "$out/corpus"
@@ -29,17 +29,13 @@ if [ ! -e "$out/init/plain/config.json" ]; then
 import sys
 from pathlib import Path
 
-import torch
-
-from gpt2repro.checks import model_config
-from gpt2repro.recipe import parse_recipe
 from gpt2repro.data.shards import open_dataset
-from modeling_gpt2repro import GPT2ReproForCausalLM
+from gpt2repro.hub.initial import initial_model
+from gpt2repro.recipe import parse_recipe
 
 out = Path(sys.argv[1])
-recipe = parse_recipe(["--recipe", "recipes/corpus-small.yaml"], default="")
-torch.manual_seed(recipe.seed)
-model = GPT2ReproForCausalLM(model_config(recipe, open_dataset(out / "corpus")))
+recipe, dataset = parse_recipe(["--recipe", "recipes/corpus-small.yaml"], default=""), open_dataset(out / "corpus")
+model = initial_model(recipe, vocab_size=dataset.vocab_size, eot_id=dataset.eot_id)
 model.save_pretrained(out / "init" / "scaled")
 for name, parameter in model.named_parameters():
     if name.endswith("c_proj.weight"):
@@ -73,14 +69,14 @@ shorter=$((steps * 3 / 4))
 sweep muon-fewer-tokens --set "max_steps=$shorter" --seeds 3 --optimizer muon --learning_rate "$LEARNING_RATE" \
     --muon_learning_rate "$MUON_LEARNING_RATE"
 
-# ---- what follows the warm-up; the cosine is AdamW's best above ------------------------------------------------
+# ---- the schedule after the warm-up; cosine is the best AdamW above --------------------------------------------
 sweep schedules --set schedule=wsd_linear,wsd_sqrt --seeds 3 --learning_rate "$LEARNING_RATE"
 
 # ---- the order of the data -------------------------------------------------------------------------------------
 sweep order --set shuffle=false --seeds 3 --learning_rate "$LEARNING_RATE"
 sweep epochs --set shuffle=true,false --seeds 3 --learning_rate "$LEARNING_RATE" --dataset_dir "$out/corpus-part"
 
-# ---- rows of the embedding that are no token; the initialisation -----------------------------------------------
+# ---- a padded embedding; the initialisation --------------------------------------------------------------------
 sweep padded --set vocab_size=4224 --seeds 3 --learning_rate "$LEARNING_RATE"
 sweep init --set "init_from=$out/init/scaled,$out/init/plain" --seeds 3 --learning_rate "$LEARNING_RATE"
 
@@ -88,7 +84,7 @@ sweep init --set "init_from=$out/init/scaled,$out/init/plain" --seeds 3 --learni
 sweep accumulation --set micro_batch_size=16,4 --learning_rate "$LEARNING_RATE" --max_steps $((steps / 5)) \
     --save_every $((steps / 5)) --warmup_steps 5
 
-# ---- one picture of the optimizers: the best AdamW, the best Muon, Muon on fewer tokens ------------------------
+# ---- one picture of the optimizers: the best AdamW, the best Muon, Muon with fewer tokens ----------------------
 "$python" - "$out" <<'PYTHON'
 import json
 import sys

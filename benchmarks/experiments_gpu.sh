@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# AdamW, tuned over four learning rates, against Muon at the size of GPT-2 124M on one GPU; the same command again goes
-# on where it was stopped.
+# AdamW, tuned over four learning rates, against Muon at the size of GPT-2 124M on one GPU; the same command again
+# resumes after a stop.
 #
 #   benchmarks/experiments_gpu.sh 'path/to/corpus/train-*.jsonl.zst' TOKENIZER runs/experiments-gpu [MAX_STEPS]
 #
-# Sized for 20 minutes of an H100: 14 runs of MAX_STEPS, 300 by default, of 65,536 tokens (three of them of 225) are
-# 261M tokens, 9.3 minutes at llm.c's 468k tokens/s, and about 40 s a run to start and compile. TOKENIZER is a folder
-# or a Hub id with GPT-2's.
+# Sized for 20 minutes of an H100: 14 runs of MAX_STEPS (default: 300; three of them 225) steps of 65,536 tokens are 261M
+# tokens. They take 9.3 minutes at llm.c's 468k tokens/s, and about 40 s per run to start and compile. TOKENIZER is a
+# folder or a Hub id with GPT-2's tokenizer.
 set -eu
 corpus=$(realpath -m "$1") tokenizer=$(realpath -m "$2") out=$(realpath -m "$3") steps=${4:-300}
 python=${PYTHON:-.venv/bin/python}
@@ -41,7 +41,7 @@ sweep muon --set muon_learning_rate=1.2e-3,2.4e-3,4.8e-3 --optimizer muon --lear
 MUON_LEARNING_RATE=$(best muon muon_learning_rate)
 muon=(--optimizer muon --muon_learning_rate "$MUON_LEARNING_RATE")
 
-# ---- the best of both with three seeds, and Muon on three quarters of the tokens -------------------------------
+# ---- the best of both with three seeds, and Muon with three quarters of the tokens -----------------------------
 for name in adamw muon; do
     cp "$out/$name/sweep.json" "$out/$name/rates.json"
 done

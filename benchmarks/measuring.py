@@ -1,84 +1,91 @@
-"""What the benchmarks share: timings in turns, the machine's record, rows of a table, figures as JSON."""
+"""What all benchmarks share: command-line options, timings taken in turns, table rows, figures as JSON."""
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from statistics import quantiles
+from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+
+from configuration_gpt2repro import NAMED_SHAPES
+from gpt2repro.train.launch import use_huge_pages
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
 
 
 class Seconds(NamedTuple):
-    """What one turn took. On a machine with other work the processor's time is the steadier figure of a CPU."""
+    """What one call took. On a CPU that does other work too, the processor's time varies less than the clock's."""
 
     clock: float
     processor: float
 
 
-def time_in_turns(
-    ways: dict[str, Callable[[], Any]], *, rounds: int, warmup: int = 3
-) -> tuple[dict[str, list[Seconds]], dict[str, Any]]:
-    """`rounds` timings of every way, A B C A B C …, and what each returned last.
+def time_in_turns(ways: dict[str, Callable[[], Any]], *, rounds: int, warmup: int = 3) -> dict[str, list[Seconds]]:
+    """`rounds` timings of every way, in the order A B C A B C …: other work on the machine slows all ways alike.
 
-    Whatever else the machine does falls on all of them alike. What a way returns must lie on the host, so that
-    nothing is left running when its clock stops.
+    A way must return its result on the host, so that no kernel still runs when its clock stops.
     """
     seconds: dict[str, list[Seconds]] = {name: [] for name in ways}
-    results = {}
     for turn in range(warmup + rounds):
         for name, way in ways.items():
             clock, processor = time.perf_counter(), time.process_time()
-            results[name] = way()
+            way()
             took = Seconds(time.perf_counter() - clock, time.process_time() - processor)
             if turn >= warmup:
                 seconds[name].append(took)
-    return seconds, results
+    return seconds
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return {"median": middle, "q1": low, "q3": high}
+def compare(seconds: dict[str, list[Seconds]], *, amount: int, unit: str) -> dict:
+    """Two tables: `unit` a second of every way (median), and how many times as fast ours is as each rival.
+
+    A ratio is that of neighbouring calls; its median and quartiles over the rounds are shown. `ours` itself is the
+    rival of its own variants.
+    """
+    figures: dict[str, dict] = {"ways": {}, "ratios": {}}
+    print_row("way", "seconds", f"{unit}/s", "processor s")
+    for name, timings in seconds.items():
+        clock, processor = zip(*timings, strict=True)
+        rate = amount / median(clock)
+        figures["ways"][name] = {f"{unit}_per_second": rate, "clock_seconds": clock, "processor_seconds": processor}
+        print_row(name, f"{median(clock):.4f}", f"{rate:,.2f}", f"{median(processor):.4f}")
+    print_row("ours / rival, times as fast", "median", "quartile", "quartile", "by processor")
+    for ours, rival in itertools.permutations(seconds, 2):
+        if ours.startswith("ours") and (rival == "ours" or not rival.startswith("ours")):
+            fast, slow = np.array(seconds[ours]), np.array(seconds[rival])  # (rounds, clock and processor)
+            low, middle, high = np.quantile(slow / fast, [0.25, 0.5, 0.75], axis=0).tolist()
+            row = {"median": middle[0], "q1": low[0], "q3": high[0], "by_processor": middle[1]}
+            figures["ratios"][f"{ours} / {rival}"] = row
+            print_row(f"{ours} / {rival}", *(f"{ratio:.3f}" for ratio in row.values()))
+    return figures
 
 
-def machine(device: torch.device | str = "cpu") -> dict:
-    """Commit, hardware and versions: what every result names."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    except FileNotFoundError:  # no git on the machine
-        commit = ""
-    cuda = torch.device(device).type == "cuda"
-    packages = ("torch", "transformers", "accelerate", "safetensors", "numpy")
-    return {
-        "commit": commit or "unknown",
-        "hardware": torch.cuda.get_device_name(device) if cuda else _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-        "cuda": torch.version.cuda if cuda else None,
-    }
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", path.read_text()) if path.exists() else None
-    return found[1].strip() if found else platform.machine()
-
-
-def command_line(description: str) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes."""
+def benchmark_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the option of every benchmark."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="write the figures to this file")
+    return parser
+
+
+def model_parser(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark of a model; sets 2 MB pages, as training does on a CPU."""
+    use_huge_pages()
+    parser = benchmark_parser(description)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model-shape", default="gpt2", choices=list(NAMED_SHAPES))
+    parser.add_argument("--rounds", type=int, default=rounds, help="timed calls of each way (default: %(default)s)")
     return parser
 
 
@@ -87,9 +94,32 @@ def print_row(name: str, *cells: str) -> None:
     print(f"{name:38}" + "".join(f"{cell:>13}" for cell in cells), flush=True)
 
 
-def finish(figures: dict, json_file: str | None) -> None:
-    """The figures as the last line on standard output, for machines, and in a file where one is asked for."""
-    print(json.dumps(figures))
-    if json_file:
-        Path(json_file).parent.mkdir(parents=True, exist_ok=True)
-        Path(json_file).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+def finish(arguments: argparse.Namespace, figures: dict) -> None:
+    """Print the figures, the settings and the machine as one line of JSON; --json writes them to a file too."""
+    settings = {name: value for name, value in vars(arguments).items() if name != "json"}
+    record = {"settings": settings, **figures, "machine": machine(settings.get("device", "cpu"))}
+    print(json.dumps(record, default=str))
+    if arguments.json:
+        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(arguments.json).write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def machine(device: str = "cpu") -> dict:
+    """Commit, hardware and versions."""
+    status, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(ROOT))} rev-parse --short HEAD")
+    cuda = torch.device(device).type == "cuda"
+    return {
+        "commit": commit if status == 0 else "unknown",
+        "hardware": torch.cuda.get_device_name(device) if cuda else _processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        "cuda": torch.version.cuda if cuda else None,
+    }
+
+
+def _processor_name() -> str:
+    file = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*:\s*(.+)", file.read_text()) if file.exists() else None
+    return match[1].strip() if match else platform.machine()
