@@ -18,26 +18,14 @@ from dataclasses import fields
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import GenerationMixin, PreTrainedModel, modeling_layers
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import (
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
-)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -138,15 +126,9 @@ class GPT2ReproAttention(nn.Module):
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         if is_sdpa(self.config) and halves_are_faster(query, key, attention_mask, is_causal):
             attention = halved_attention
+        dropout = self.config.attn_pdrop if self.training else 0.0
         mixed, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attn_pdrop if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )  # (B, T, H, D)
         mixed = mixed.reshape(*hidden_states.shape[:-1], -1)  # (B, T, C)
         return self.resid_dropout(self.c_proj(mixed)), weights
@@ -169,7 +151,7 @@ class GPT2ReproMLP(nn.Module):
         return self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
 
 
-class GPT2ReproBlock(GradientCheckpointingLayer):
+class GPT2ReproBlock(modeling_layers.GradientCheckpointingLayer):
     """One pre-norm transformer block: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
 
     def __init__(self, config: GPT2ReproConfig, layer_idx: int):
@@ -332,16 +314,11 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
         for block in self.h:
             hidden_states = block(
-                hidden_states,
-                attention_mask=mask,
-                use_cache=use_cache,
-                position_ids=position_ids,
-                **{CACHE: cache},
+                hidden_states, attention_mask=mask, use_cache=use_cache, position_ids=position_ids, **{CACHE: cache},
                 **kwargs,
-            )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.ln_f(hidden_states), **{CACHE: cache if use_cache else None}
-        )
+            )  # fmt: skip
+        hidden_states = self.ln_f(hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache if use_cache else None})
 
     def _checked_positions(self, position_ids, inputs_embeds, cache):
         """The caller's positions, or those that follow the cache: (1, T). ValueError for one past the table."""
@@ -415,15 +392,9 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         if skip_logits and not has_targets:
             raise ValueError("skip_logits=True returns the loss alone: give labels or shift_labels")
         outputs = self.transformer(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            cache=cache,
-            **kwargs,
-        )
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, cache=cache, **kwargs,
+        )  # fmt: skip
         hidden_states = outputs.last_hidden_state
         logits = loss = None
         if skip_logits and not chunked:
@@ -434,20 +405,16 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         if chunked:
             loss = self._chunked_loss(hidden_states, labels, shift_labels, num_items_in_batch)
         elif has_targets:
+            if shift_labels is not None:
+                shift_labels = shift_labels.contiguous()  # the library views them
             loss = self.loss_function(
-                logits,
-                labels,
-                vocab_size=self.config.vocab_size,
-                shift_labels=None if shift_labels is None else shift_labels.contiguous(),  # the library views them
+                logits, labels, vocab_size=self.config.vocab_size, shift_labels=shift_labels,
                 num_items_in_batch=num_items_in_batch,
-            )
+            )  # fmt: skip
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=None if skip_logits else logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **{CACHE: outputs.get(CACHE)},
-        )
+            loss=loss, logits=None if skip_logits else logits, hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions, **{CACHE: outputs.get(CACHE)},
+        )  # fmt: skip
 
     def _padded_logits(self, hidden_states):
         """(B, T, C) -> (B, T, V) through a head padded with zero rows, which the returned view leaves out.
@@ -471,44 +438,35 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         targets = F.pad(labels, (0, 1), value=-100)[:, 1:] if shift_labels is None else shift_labels
         targets = targets.reshape(-1)  # (N,)
         with_gradients = torch.is_grad_enabled()
+        padded_rows = weight.shape[0] + -weight.shape[0] % self.config.pad_vocab_size_multiple_of
         loss, grad_hidden, grad_weight = chunked_cross_entropy(
-            hidden_states,
-            weight,
-            targets,
-            padded_rows=weight.shape[0] + -weight.shape[0] % self.config.pad_vocab_size_multiple_of,
-            chunk=max(512, math.ceil(len(targets) / 8)),
+            hidden_states, weight, targets, padded_rows=padded_rows, chunk=max(512, math.ceil(len(targets) / 8)),
             with_gradients=with_gradients,
-        )
+        )  # fmt: skip
         if with_gradients:
             loss = WithGradients.apply(loss, hidden_states, weight, grad_hidden, grad_weight)
         return loss / (targets.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-class GPT2ReproForSequenceClassification(GenericForSequenceClassification, GPT2ReproPreTrainedModel):
+class GPT2ReproForSequenceClassification(modeling_layers.GenericForSequenceClassification, GPT2ReproPreTrainedModel):
     base_model_prefix = "transformer"
 
 
-class GPT2ReproForTokenClassification(GenericForTokenClassification, GPT2ReproPreTrainedModel):
+class GPT2ReproForTokenClassification(modeling_layers.GenericForTokenClassification, GPT2ReproPreTrainedModel):
     base_model_prefix = "transformer"
 
 
 # The generic heads make their base model through AutoModel, so a checkpoint's copy of this file registers itself too.
-AUTO_CLASSES = {
-    AutoModel: GPT2ReproModel,
-    AutoModelForCausalLM: GPT2ReproForCausalLM,
-    AutoModelForSequenceClassification: GPT2ReproForSequenceClassification,
-    AutoModelForTokenClassification: GPT2ReproForTokenClassification,
-}
-for auto_class, model_class in AUTO_CLASSES.items():
+for model_class, auto_class in (
+    (GPT2ReproModel, modeling_auto.AutoModel),
+    (GPT2ReproForCausalLM, modeling_auto.AutoModelForCausalLM),
+    (GPT2ReproForSequenceClassification, modeling_auto.AutoModelForSequenceClassification),
+    (GPT2ReproForTokenClassification, modeling_auto.AutoModelForTokenClassification),
+):
     model_class.register_for_auto_class(auto_class.__name__)
     auto_class.register(GPT2ReproConfig, model_class, exist_ok=True)
 # Trainer's label smoothing shifts the labels of the classes that this table names.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gpt2repro"] = "GPT2ReproForCausalLM"
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gpt2repro"] = "GPT2ReproForCausalLM"
 
-__all__ = [
-    "GPT2ReproForCausalLM",
-    "GPT2ReproForSequenceClassification",
-    "GPT2ReproForTokenClassification",
-    "GPT2ReproModel",
-    "GPT2ReproPreTrainedModel",
-]
+__all__ = ["GPT2ReproForCausalLM", "GPT2ReproForSequenceClassification", "GPT2ReproForTokenClassification",
+           "GPT2ReproModel", "GPT2ReproPreTrainedModel"]  # fmt: skip

@@ -29,10 +29,21 @@ DEFINING_FIELDS = (
     "warmup_steps", "schedule", "decay_ratio", "weight_decay", "beta1", "beta2", "grad_clip", "seed", "shuffle",
 )  # fmt: skip
 TRACKERS = ("tensorboard", "wandb", "trackio")
+CHOICES = {
+    "dataset_format": ("auto", "gpt2repro", "build-nanogpt", "llm.c", "nanogpt"),
+    "optimizer": ("adamw", "muon"),
+    "schedule": ("cosine", "constant", "wsd_linear", "wsd_sqrt"),
+    "on_bad_step": ("skip", "stop"),
+    "mixed_precision": ("auto", "no", "bf16"),
+    "compile": ("auto", "true", "false"),
+    "compile_mode": ("default", "max-autotune-no-cudagraphs"),
+    "attn_implementation": ("sdpa", "eager", "flash_attention_2", "flex_attention"),
+    "loss_impl": ("auto", "plain", "chunked"),
+}
 
 
-def _option(default: Any, help_line: str, *, choices: tuple[str, ...] = (), least: float | None = None) -> Any:
-    return field(default=default, metadata={"help": help_line, "choices": choices, "least": least})
+def _option(default: Any, help_line: str, *, least: float | None = None) -> Any:
+    return field(default=default, metadata={"help": help_line, "least": least})
 
 
 @dataclass(frozen=True)
@@ -41,14 +52,9 @@ class Recipe:
 
     # where
     output_dir: str = _option("runs/gpt2-124m", "folder of the run: checkpoints, metrics.jsonl, run.json")
-    dataset_dir: tuple[str, ...] = _option(
-        ("data/fineweb-edu-10b",), "prepared datasets, several are one stream; made from source where there is none"
-    )
-    dataset_format: str = _option(
-        "auto", "format of dataset_dir; nanoGPT's .bin must be named",
-        choices=("auto", "gpt2repro", "build-nanogpt", "llm.c", "nanogpt"),
-    )  # fmt: skip
-    source: str | None = _option(None, "where documents come from if dataset_dir must be made (python-docs, files, …)")
+    dataset_dir: tuple[str, ...] = _option(("data/fineweb-edu-10b",), "prepared datasets, or where one is to be made")
+    dataset_format: str = _option("auto", "format of dataset_dir; nanoGPT's .bin must be named")
+    source: str | None = _option(None, "source of a new dataset_dir: python-docs, files, fineweb-edu, …")
     files: tuple[str, ...] = _option((), "paths or globs for source: files")
     tokenizer: str | None = _option(None, "folder, Hub id, or train:N for a byte-level BPE of N entries")
     val_tokens: int | None = _option(None, "validation tokens of a new dataset (default: a share by document hash)")
@@ -67,49 +73,29 @@ class Recipe:
     micro_batch_size: int = _option(16, "sequences per process and micro-step (B): what fits the memory", least=1)
     max_steps: int = _option(19_073, "optimizer steps", least=1)
     # the optimizer
-    optimizer: str = _option(
-        "adamw", "muon is Muon for the matrices of the blocks and AdamW for the rest", choices=("adamw", "muon")
-    )
+    optimizer: str = _option("adamw", "muon is Muon for the matrices of the blocks and AdamW for the rest")
     learning_rate: float = _option(6e-4, "peak learning rate", least=0)
     muon_learning_rate: float | None = _option(None, "peak rate of Muon's matrices, instead of learning_rate")
     min_lr_ratio: float = _option(0.1, "lowest rate of the schedule, as a share of the peak")
     warmup_steps: int = _option(715, "steps of linear warm-up", least=0)
-    schedule: str = _option(
-        "cosine", "what follows the warm-up", choices=("cosine", "constant", "wsd_linear", "wsd_sqrt")
-    )
+    schedule: str = _option("cosine", "what follows the warm-up")
     decay_ratio: float = _option(0.2, "share of max_steps that the decay of wsd_linear and wsd_sqrt takes, at the end")
     weight_decay: float = _option(0.1, "decay of tensors with two or more dimensions", least=0)
     beta1: float = _option(0.9, "AdamW beta1")
     beta2: float = _option(0.95, "AdamW beta2")
     grad_clip: float = _option(1.0, "largest gradient norm; 0 turns clipping off", least=0)
-    on_bad_step: str = _option(
-        "skip", "what a loss or gradient norm that is not finite, or a zero norm, does", choices=("skip", "stop")
-    )
-    outlier_z: float = _option(
-        0.0, "standard deviations above the mean of the last 128 steps that make a step bad; 0 is none", least=0
-    )
+    on_bad_step: str = _option("skip", "what a loss or gradient norm that is not finite, or a zero norm, does")
+    outlier_z: float = _option(0.0, "standard deviations above the last 128 steps that are bad; 0: none", least=0)
     max_bad_steps: int = _option(10, "bad steps in a row after which the run stops in any case", least=1)
     # randomness
     seed: int = _option(1337, "seed of the initialisation, the data order and dropout", least=0)
     shuffle: bool = _option(True, "a new permutation of all windows every epoch; false reads them in order")
     # speed and memory
-    mixed_precision: str = _option(
-        "auto", "auto takes the launcher's, else the device's best", choices=("auto", "no", "bf16")
-    )
-    compile: str = _option(
-        "auto", "torch.compile; auto takes the launcher's, else true on CUDA", choices=("auto", "true", "false")
-    )
-    compile_mode: str = _option(
-        "default", "mode of torch.compile; the other tries more kernels",
-        choices=("default", "max-autotune-no-cudagraphs"),
-    )  # fmt: skip
-    attn_implementation: str = _option(
-        "sdpa", "attention kernels", choices=("sdpa", "eager", "flash_attention_2", "flex_attention")
-    )
-    loss_impl: str = _option(
-        "auto", "chunked holds the logits of an eighth of the tokens; auto: chunked on CUDA",
-        choices=("auto", "plain", "chunked"),
-    )  # fmt: skip
+    mixed_precision: str = _option("auto", "auto takes the launcher's, else the device's best")
+    compile: str = _option("auto", "torch.compile; auto takes the launcher's, else true on CUDA")
+    compile_mode: str = _option("default", "mode of torch.compile; the other tries more kernels")
+    attn_implementation: str = _option("sdpa", "attention kernels")
+    loss_impl: str = _option("auto", "chunked holds the logits of an eighth of the tokens; auto: chunked on CUDA")
     gradient_checkpointing: bool = _option(False, "recompute activations: less memory, about a third more time")
     profile_steps: int = _option(0, "steps to profile after the fourth, into output_dir/profile.json", least=0)
     # cadence
@@ -146,9 +132,9 @@ class Recipe:
 
     def _field_problems(self) -> typing.Iterator[str]:
         for item in fields(self):
-            value, choices, least = getattr(self, item.name), item.metadata["choices"], item.metadata["least"]
-            if choices and value not in choices:
-                yield f"{item.name} is {value!r}: give one of {', '.join(choices)}"
+            value, least = getattr(self, item.name), item.metadata["least"]
+            if item.name in CHOICES and value not in CHOICES[item.name]:
+                yield f"{item.name} is {value!r}: give one of {', '.join(CHOICES[item.name])}"
             if least is not None and value is not None and not value >= least:
                 yield f"{item.name} is {value}: give at least {least}"
         for name in self.log_with:
@@ -167,15 +153,12 @@ class Recipe:
             yield "output_dir is empty: give a folder"
         warmup, steps = self.warmup_steps, self.max_steps
         if self.schedule.startswith("wsd") and warmup > (1 - self.decay_ratio) * steps:
-            yield (
-                f"warmup_steps={warmup} and a decay over decay_ratio={self.decay_ratio} of max_steps={steps} overlap: "
-                "lower one of them"
-            )
-        if self.muon_learning_rate is not None and (self.optimizer != "muon" or not self.muon_learning_rate > 0):
-            yield (
-                f"muon_learning_rate is {self.muon_learning_rate} with optimizer {self.optimizer}: give a number "
-                "above 0 with optimizer: muon, or leave it out"
-            )
+            decay = f"a decay over decay_ratio={self.decay_ratio} of max_steps={steps}"
+            yield f"warmup_steps={warmup} and {decay} overlap: lower one of them"
+        rate, optimizer = self.muon_learning_rate, self.optimizer
+        if rate is not None and (optimizer != "muon" or not rate > 0):
+            advice = "give a number above 0 with optimizer: muon, or leave it out"
+            yield f"muon_learning_rate is {rate} with optimizer {optimizer}: {advice}"
         if self.optimizer == "muon" and not self.learning_rate > 0:
             yield f"learning_rate is {self.learning_rate}: muon's is a multiple of it, give a number above 0"
         if warmup >= steps > 0:
@@ -187,10 +170,7 @@ class Recipe:
         if (self.source == "files") != bool(self.files):
             yield f"source is {self.source} and files names {len(self.files)}: they go together, --source files"
         if self.profile_steps > 0 and self.profile_steps + 4 > steps:
-            yield (
-                f"profile_steps={self.profile_steps} are taken after 4 others, max_steps={steps} is less: lower "
-                "profile_steps or raise max_steps"
-            )
+            yield f"profile_steps={self.profile_steps} follow 4 other steps, max_steps={steps} is less: lower them"
         if self.eval_tasks and not self.eval_every:
             yield "eval_tasks are scored at every validation, but eval_every is 0: give a number of steps"
         if self.hub_every and not self.hub_repo_id:
@@ -282,7 +262,7 @@ def _parser(default: str | Path) -> argparse.ArgumentParser:
     parser.add_argument("--recipe", metavar="YAML", help=f"the recipe to start from (without any argument: {default})")
     for item in fields(Recipe):
         default_value = item.default[0] if isinstance(item.default, tuple) and item.default else item.default
-        shown = f"; one of {', '.join(item.metadata['choices'])}" if item.metadata["choices"] else ""
+        shown = f"; one of {', '.join(CHOICES[item.name])}" if item.name in CHOICES else ""
         shown += "" if default_value in (None, ()) else f" (default: {default_value})"
         names = sorted({f"--{item.name}", f"--{item.name.replace('_', '-')}"}, reverse=True)
         nargs = "*" if isinstance(item.default, tuple) else None
