@@ -11,7 +11,7 @@ size of the dataset. The permutation is a Feistel network on just enough bits, w
 
 import numpy as np
 
-ROUNDS = 10  # even: a round for each half in turn
+ROUNDS = 10  # even: the rounds alternate between the halves
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -52,10 +52,8 @@ class WindowOrder:
 
     def __init__(self, tokens: int, seq_len: int, *, seed: int, shuffle: bool = True) -> None:
         if seq_len < 1 or tokens <= seq_len:
-            raise ValueError(
-                f"seq_len {seq_len:,} does not fit a stream of {tokens:,} tokens: a window takes seq_len + 1 tokens; "
-                "shorten seq_len or prepare more text"
-            )
+            advice = "a window takes seq_len + 1 tokens; shorten seq_len or prepare more text"
+            raise ValueError(f"seq_len {seq_len:,} does not fit a stream of {tokens:,} tokens: {advice}")
         self.tokens, self.seq_len, self.seed, self.shuffle = tokens, seq_len, seed, shuffle
         self.windows_per_epoch = tokens // seq_len
 

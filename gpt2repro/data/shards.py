@@ -1,15 +1,15 @@
 """Token shards on disk: the project's own format (read, write, verify) and three formats of others (read in place).
 
 Own format: a folder of `train-00000.npy …`, `val-00000.npy …` (1-D uint16, or uint32 where the vocabulary needs it),
-the tokenizer's files, and `dataset.json`, which is written last and says what the folder must hold. Every document is
-preceded by <|endoftext|>. All shards of a split are ONE stream: nothing is lost at a shard's end.
+the tokenizer's files, and `dataset.json`, which is written last and records what the folder holds. <|endoftext|>
+precedes every document. All shards of a split are ONE stream: nothing is lost at a shard's end.
 
-    dataset = open_dataset("data/fineweb-edu-10bt")     # sizes and headers are checked, contents by verify()
+    dataset = open_dataset("data/fineweb-edu-10bt")     # checks sizes and headers; verify() checks contents
     train = dataset.split("train")
-    train.read(start=123_456_789, count=1025)            # token ids; past the end it goes on at token 0
+    train.read(start=123_456_789, count=1025)            # token ids; after the last token comes token 0
 
 Foreign formats: build-nanogpt folders of .npy, llm.c / modded-nanogpt .bin (magic 20240520, version 1), nanoGPT's .bin
-(raw uint16 without a header, so it must be named: format="nanogpt"). They do not say their tokenizer: name it.
+(raw uint16 without a header, so it must be named: format="nanogpt"). They do not record their tokenizer: name it.
 """
 
 import hashlib
@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from gpt2repro.files import file_sha256, sync
+
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
 UNFINISHED = ".preparing"  # the folder inside a dataset folder where prepare.py keeps what is not finished
@@ -30,32 +32,43 @@ HEADER_BYTES = 128  # of an own shard: a constant, so that the header can be wri
 LLMC_HEADER_BYTES = 256 * 4  # int32: magic, version, tokens, zeros
 LLMC_MAGIC, LLMC_VERSION = 20240520, 1
 FORMATS = ("auto", "gpt2repro", "build-nanogpt", "llm.c", "nanogpt")
-OPEN_FILES = 64  # shards kept open at once; 350B tokens are 3,500 shards, and a process may hold 1,024 files
+OPEN_FILES = 64  # shards kept open at once; 350B tokens are 3,500 shards, and a process may have 1,024 files open
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 while every id fits (GPT-2's do), uint32 past that. Little-endian, whatever the machine."""
+    """uint16 while every id fits (GPT-2's do), else uint32. Little-endian on every machine."""
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
 
 
 def shard_header(dtype: np.dtype, tokens: int) -> bytes:
     """The .npy header of an own shard, always HEADER_BYTES long: numpy leaves room for the largest count."""
     header = io.BytesIO()
-    fields = {"descr": dtype.str, "fortran_order": False, "shape": (tokens,)}
-    np.lib.format.write_array_header_1_0(header, fields)
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": (tokens,)})
     return header.getvalue()
 
 
-def file_sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# ---------------------------------------------------------------------------------------------------- tokenizers
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer in a folder or of a Hub id. ValueError where there is none, or none with an end-of-text token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(name))
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"no tokenizer loads from {name!r} ({reason}); give its folder or its Hub id") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer {name!r} has no eos_token, which is what separates documents; set one")
+    return tokenizer
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
     """A hash of what decides token ids: every entry with its id, and how a probe text is split and merged.
 
-    `tokenizer`: a folder, a Hub id or a loaded tokenizer. The bytes of tokenizer.json would not do: each version of
-    the libraries writes them a little differently for the same tokenizer.
+    `tokenizer`: a folder, a Hub id or a loaded tokenizer. Not the bytes of tokenizer.json, which each version of the
+    libraries writes a little differently for the same tokenizer.
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(str(tokenizer))
@@ -65,32 +78,21 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer in a folder or of a Hub id. ValueError where there is none, or none with an end-of-text token."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"no tokenizer loads from {name!r} ({reason}); give its folder or its Hub id") from error
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer {name!r} has no eos_token, which is what separates documents; set one")
-    return tokenizer
-
-
 def tokenizer_record(tokenizer: Any) -> dict:
-    """What dataset.json says of a loaded tokenizer. vocab_size: one more than the largest id."""
-    return {
-        "tokenizer_sha256": tokenizer_sha256(tokenizer),
-        "vocab_size": max(tokenizer.get_vocab().values()) + 1,
-        "eot_id": tokenizer.eos_token_id,
-    }
+    """What dataset.json records of a loaded tokenizer. vocab_size: one more than the largest id."""
+    digest, vocab_size = tokenizer_sha256(tokenizer), max(tokenizer.get_vocab().values()) + 1
+    return {"tokenizer_sha256": digest, "vocab_size": vocab_size, "eot_id": tokenizer.eos_token_id}
+
+
+# ---------------------------------------------------------------------------------------------------- reading
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of tokens: `tokens` ids of `dtype` from byte `offset` on, and the sha256 that is recorded of it."""
+    """One file of tokens: `tokens` ids of `dtype` from byte `offset` on, and its recorded sha256.
+
+    Raises ValueError if the file is missing or has another size.
+    """
 
     path: Path
     dtype: np.dtype
@@ -98,13 +100,12 @@ class Shard:
     tokens: int
     sha256: str | None = None
 
-    def check_size(self) -> "Shard":
+    def __post_init__(self) -> None:
         expected = self.offset + self.tokens * self.dtype.itemsize
-        found = self.path.stat().st_size if self.path.exists() else 0
-        if found != expected:
-            what = "longer than its header says" if found > expected else "truncated" if found else "missing"
-            raise ValueError(f"{self.path} is {what}: {found:,} bytes, expected {expected:,}; copy or make it again")
-        return self
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size != expected:
+            what = "longer than its header says" if size > expected else "truncated" if size else "missing"
+            raise ValueError(f"{self.path} is {what}: {size:,} bytes, expected {expected:,}; copy or make it again")
 
 
 class TokenStream:
@@ -121,21 +122,21 @@ class TokenStream:
         self._open = lru_cache(OPEN_FILES)(lambda path: open(path, "rb", buffering=0))
 
     def locate(self, position: int) -> tuple[Shard, int]:
-        """The shard that holds a stream position, and the position within its tokens."""
+        """The shard of a stream position, and the position within its tokens."""
         position %= self.tokens
         index = int(np.searchsorted(self._ends, position, side="right"))
         return self.shards[index], position - int(self._ends[index]) + self.shards[index].tokens
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` ids from `start` on, across shard ends; past the end of the stream it goes on at token 0."""
+        """`count` ids from `start` on, across shard ends; after the last token of the stream comes token 0."""
         parts = [np.empty(0, self.dtype)]
         while count > 0:
             shard, first = self.locate(start)
-            part = min(count, shard.tokens - first, 2**28)  # one read stops at 2 GiB
+            part = min(count, shard.tokens - first)
             offset, size = shard.offset + first * shard.dtype.itemsize, part * shard.dtype.itemsize
-            file = self._open(shard.path)  # held: another thread's reads may push it out of the cache, and close it
+            file = self._open(shard.path)  # a reference: another thread's reads may drop and so close it in the cache
             content = os.pread(file.fileno(), size, offset)
-            part = len(content) // shard.dtype.itemsize  # a network disk may give less at a time
+            part = len(content) // shard.dtype.itemsize  # one read gives at most 2 GiB, on a network disk less
             if not part:
                 raise ValueError(f"{shard.path} ends early: it was cut after it was opened; copy it again")
             parts.append(np.frombuffer(content, shard.dtype, part))
@@ -147,7 +148,7 @@ class TokenStream:
 class Dataset:
     """An opened dataset: its splits as streams, and what is recorded about them (`info`, as in dataset.json).
 
-    Of several folders `info` is the first's, and `info["datasets"]` has those of all.
+    Of several folders `info` is the first one's, and `info["datasets"]` has those of all.
     """
 
     path: str
@@ -170,21 +171,18 @@ class Dataset:
         Raises ValueError where none is recorded, and for a tokenizer that does not load.
         """
         damaged = []
-        if (found := tokenizer_sha256(self.tokenizer)) != self.tokenizer_sha256:
-            damaged.append(f"{self.tokenizer}: the tokenizer's sha256 is {found}, recorded {self.tokenizer_sha256}")
+        if (digest := tokenizer_sha256(self.tokenizer)) != self.tokenizer_sha256:
+            damaged.append(f"{self.tokenizer}: the tokenizer's sha256 is {digest}, recorded {self.tokenizer_sha256}")
         for shard in (shard for stream in self.streams.values() for shard in stream.shards):
             if shard.sha256 is None:
                 raise ValueError(f"{self.path} is in a foreign format, which records no sha256 to verify")
-            if (found := file_sha256(shard.path)) != shard.sha256:
-                damaged.append(f"{shard.path}: sha256 {found}, recorded {shard.sha256}")
+            if (digest := file_sha256(shard.path)) != shard.sha256:
+                damaged.append(f"{shard.path}: sha256 {digest}, recorded {shard.sha256}")
         return damaged
 
 
 def open_dataset(
-    path_or_paths: str | Path | list,
-    *,
-    format: str = "auto",  # noqa: A002 — the word that recipes use
-    tokenizer: str | None = None,
+    path_or_paths: str | Path | list, *, format: str = "auto", tokenizer: str | None = None  # noqa: A002
 ) -> Dataset:
     """Open a prepared folder, or foreign shards in place; several folders (parts) become one stream per split.
 
@@ -193,11 +191,11 @@ def open_dataset(
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}: one of {', '.join(FORMATS)}")
-    paths = path_or_paths if isinstance(path_or_paths, list | tuple) else [path_or_paths]
+    paths = [path_or_paths] if isinstance(path_or_paths, str | Path) else path_or_paths
     if not paths:
         raise ValueError("no dataset folder given; name at least one")
-    first, *others = [_open_one(Path(path), format, tokenizer) for path in paths]
-    return _join(first, others) if others else first
+    datasets = [_open_one(Path(os.path.expanduser(path)), format, tokenizer) for path in paths]
+    return _join(datasets) if len(datasets) > 1 else datasets[0]
 
 
 def _open_one(path: Path, layout: str, tokenizer: str | None) -> Dataset:
@@ -218,18 +216,64 @@ def _open_own(path: Path) -> Dataset:
         if info["format_version"] != FORMAT_VERSION:
             raise ValueError(f"{file} has version {info['format_version']}, not {FORMAT_VERSION}; prepare it again")
         tokenizer = {key: info[key] for key in ("vocab_size", "eot_id", "tokenizer_sha256")}
-        streams = {}
-        for name in SPLITS:
-            if records := info["splits"][name]["shards"]:
-                streams[name] = TokenStream([_own_shard(path, info["vocab_size"], record) for record in records])
-        return Dataset(str(path), streams, str(path), hashlib.sha256(content).hexdigest(), info, **tokenizer)
+        dtype = token_dtype(info["vocab_size"])
+        records = {name: info["splits"][name]["shards"] for name in SPLITS}
+        streams = _streams({name: [_own_shard(path, dtype, shard) for shard in records[name]] for name in SPLITS})
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is broken ({type(error).__name__}: {error}); copy or prepare it again") from error
+    return Dataset(str(path), streams, str(path), hashlib.sha256(content).hexdigest(), info, **tokenizer)
 
 
-def _own_shard(folder: Path, vocab_size: int, record: dict) -> Shard:
-    path, dtype = folder / record["file"], token_dtype(vocab_size)
-    shard = Shard(path, dtype, HEADER_BYTES, record["tokens"], record.get("sha256")).check_size()
+def _open_foreign(path: Path, layout: str, tokenizer: str | None) -> Dataset:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    suffixes = {file.suffix for file in files} & {".npy", ".bin"}
+    if layout == "auto" and len(suffixes) == 1:
+        layout = "build-nanogpt" if suffixes == {".npy"} else "llm.c"
+    if layout not in FOREIGN:
+        advice = f"name a prepared dataset, or the format: {', '.join(FOREIGN)}"
+        raise ValueError(f"{path} holds neither dataset.json nor .npy or .bin shards of one kind; {advice}")
+    suffix, read = FOREIGN[layout]
+    shards: dict[str, list[Shard]] = {name: [] for name in SPLITS}
+    for file in files:
+        split = next((name for name in SPLITS if name in file.name), None)
+        if split and file.suffix == suffix:
+            shards[split].append(read(file))
+    streams = _streams(shards)
+    if not streams:
+        raise ValueError(f"{path} has no {suffix} file of {layout} with 'train' or 'val' in its name; rename them")
+    if tokenizer is None:
+        raise ValueError(f"{path} is in {layout}'s format, which does not say its tokenizer; name it (GPT-2's: gpt2)")
+    info: dict = {"format": layout, "splits": {}}
+    for name, stream in streams.items():
+        records = [{"file": shard.path.name, "tokens": shard.tokens} for shard in stream.shards]
+        info["splits"][name] = {"tokens": stream.tokens, "shards": records}
+    fingerprint = hashlib.sha256(json.dumps(info).encode()).hexdigest()
+    return Dataset(str(path), streams, tokenizer, fingerprint, info, **tokenizer_record(load_tokenizer(tokenizer)))
+
+
+def _join(datasets: list[Dataset]) -> Dataset:
+    """Several datasets as one, in the order given."""
+    first = datasets[0]
+    shards: dict[str, list[Shard]] = {name: [] for name in SPLITS}
+    for dataset in datasets:
+        if dataset.tokenizer_sha256 != first.tokenizer_sha256:
+            raise ValueError(f"{dataset.path} was made with another tokenizer than {first.path}; prepare both alike")
+        for name, stream in dataset.streams.items():
+            shards[name] += stream.shards
+    path = ", ".join(dataset.path for dataset in datasets)
+    fingerprint = hashlib.sha256("".join(dataset.fingerprint for dataset in datasets).encode()).hexdigest()
+    info = {**first.info, "datasets": [dataset.info for dataset in datasets]}
+    return replace(first, path=path, streams=_streams(shards), fingerprint=fingerprint, info=info)
+
+
+def _streams(shards: dict[str, list[Shard]]) -> dict[str, TokenStream]:
+    """A stream for each split that has tokens."""
+    return {name: TokenStream(shards[name]) for name in SPLITS if any(shard.tokens for shard in shards[name])}
+
+
+def _own_shard(folder: Path, dtype: np.dtype, record: dict) -> Shard:
+    path = folder / record["file"]
+    shard = Shard(path, dtype, HEADER_BYTES, record["tokens"], record.get("sha256"))
     with open(path, "rb") as file:
         if file.read(HEADER_BYTES) != shard_header(dtype, shard.tokens):
             raise ValueError(f"{path} has another header than dataset.json says; copy or prepare it again")
@@ -244,18 +288,17 @@ def _npy_shard(path: Path) -> Shard:
         raise ValueError(f"{path} is no readable .npy file ({error}); copy or tokenise it again") from error
     if array.ndim != 1 or array.dtype.str not in ("<u2", "<u4"):
         raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}, expected 1-D uint16 or uint32")
-    return Shard(path, array.dtype, array.offset, len(array)).check_size()
+    return Shard(path, array.dtype, array.offset, len(array))
 
 
 def _llmc_shard(path: Path) -> Shard:
     """A shard of llm.c or modded-nanogpt: 256 int32 of header, then uint16."""
     header = np.fromfile(path, dtype="<i4", count=3).tolist()
     if len(header) < 3 or header[:2] != [LLMC_MAGIC, LLMC_VERSION]:
-        raise ValueError(
-            f"{path} begins with {header[:2]}, expected magic {LLMC_MAGIC} and version {LLMC_VERSION} (llm.c, "
-            'modded-nanogpt); if these are nanoGPT\'s raw uint16 ids without a header, say so: format "nanogpt"'
-        )
-    return Shard(path, np.dtype("<u2"), LLMC_HEADER_BYTES, header[2]).check_size()
+        expected = f"magic {LLMC_MAGIC} and version {LLMC_VERSION} (llm.c, modded-nanogpt)"
+        advice = 'for nanoGPT\'s raw uint16 ids without a header name the format "nanogpt"'
+        raise ValueError(f"{path} begins with {header[:2]}, expected {expected}; {advice}")
+    return Shard(path, np.dtype("<u2"), LLMC_HEADER_BYTES, header[2])
 
 
 def _nanogpt_shard(path: Path) -> Shard:
@@ -269,58 +312,14 @@ def _nanogpt_shard(path: Path) -> Shard:
 FOREIGN = {"build-nanogpt": (".npy", _npy_shard), "llm.c": (".bin", _llmc_shard), "nanogpt": (".bin", _nanogpt_shard)}
 
 
-def _open_foreign(path: Path, layout: str, tokenizer: str | None) -> Dataset:
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    if layout not in FOREIGN:
-        suffixes = {file.suffix for file in files} & {".npy", ".bin"}
-        if layout != "auto" or len(suffixes) != 1:
-            raise ValueError(
-                f"{path} holds neither dataset.json nor .npy or .bin shards of one kind; name a prepared dataset, or "
-                f"the format: {', '.join(FOREIGN)}"
-            )
-        layout = "build-nanogpt" if suffixes == {".npy"} else "llm.c"
-    suffix, read = FOREIGN[layout]
-    shards: dict[str, list[Shard]] = {name: [] for name in SPLITS}
-    for file in files:
-        split = next((name for name in SPLITS if name in file.name), None)
-        if split and file.suffix == suffix:
-            shards[split].append(read(file))
-    streams = {name: TokenStream(shards[name]) for name in SPLITS if any(shard.tokens for shard in shards[name])}
-    if not streams:
-        raise ValueError(f"{path} has no {suffix} file of {layout} with 'train' or 'val' in its name; rename them")
-    if tokenizer is None:
-        raise ValueError(f"{path} is in {layout}'s format, which does not say its tokenizer; name it (GPT-2's: gpt2)")
-    info: dict = {"format": layout, "splits": {}}
-    for name, stream in streams.items():
-        records = [{"file": shard.path.name, "tokens": shard.tokens} for shard in stream.shards]
-        info["splits"][name] = {"tokens": stream.tokens, "shards": records}
-    fingerprint = hashlib.sha256(json.dumps(info).encode()).hexdigest()
-    return Dataset(str(path), streams, tokenizer, fingerprint, info, **tokenizer_record(load_tokenizer(tokenizer)))
-
-
-def _join(first: Dataset, others: list[Dataset]) -> Dataset:
-    """Several datasets as one, in the order given."""
-    datasets = [first, *others]
-    shards: dict[str, list[Shard]] = {}
-    for dataset in datasets:
-        if dataset.tokenizer_sha256 != first.tokenizer_sha256:
-            raise ValueError(f"{dataset.path} was made with another tokenizer than {first.path}; prepare both alike")
-        for name, stream in dataset.streams.items():
-            shards[name] = shards.get(name, []) + stream.shards
-    return replace(
-        first,
-        path=", ".join(dataset.path for dataset in datasets),
-        streams={name: TokenStream(shards[name]) for name in SPLITS if name in shards},
-        fingerprint=hashlib.sha256("".join(dataset.fingerprint for dataset in datasets).encode()).hexdigest(),
-        info={**first.info, "datasets": [dataset.info for dataset in datasets]},
-    )
+# ---------------------------------------------------------------------------------------------------- writing
 
 
 class ShardWriter:
-    """Appends token ids to the unfinished shard of one split and names each shard when it is full.
+    """Appends token ids to the unfinished shard of one split, and names each shard when it is full.
 
-    `record` is what dataset.json says of the split. A writer that is given the record of a moment when `sync` was
-    called goes on from exactly there, whatever was written after it.
+    `record` is what dataset.json records of the split. A writer that is given the record of an earlier `flush`
+    continues exactly there, whatever was written after it.
     """
 
     def __init__(
@@ -329,19 +328,19 @@ class ShardWriter:
         self.record: dict = record or {"tokens": 0, "documents": 0, "shards": []}
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
         self.dtype, self.eot_id = token_dtype(vocab_size), eot_id
-        self.partial = folder / UNFINISHED / f"{split}.npy"
+        self.unfinished = folder / UNFINISHED / f"{split}.npy"
         self._open()
 
     def _open(self) -> None:
-        """Open the unfinished shard where the record ends: of a shard that was finished after it, at its part."""
-        self.final = self.folder / f"{self.split}-{len(self.record['shards']):05d}.npy"
-        if self.final.exists():
-            os.replace(self.final, self.partial)
-        self.unfinished = self.record["tokens"] - sum(shard["tokens"] for shard in self.record["shards"])
-        size = HEADER_BYTES + self.unfinished * self.dtype.itemsize
-        self.file = open(self.partial, "r+b" if self.partial.exists() else "w+b")
-        if self.unfinished and self.partial.stat().st_size < size:
-            raise ValueError(f"{self.partial} lost what was written to it; delete {self.folder} and prepare again")
+        """Open the unfinished shard where the record ends; a shard that was finished after it is unfinished again."""
+        self.finished = self.folder / f"{self.split}-{len(self.record['shards']):05d}.npy"
+        if self.finished.exists():
+            os.replace(self.finished, self.unfinished)
+        self.tokens = self.record["tokens"] - sum(shard["tokens"] for shard in self.record["shards"])
+        size = HEADER_BYTES + self.tokens * self.dtype.itemsize
+        self.file = open(self.unfinished, "r+b" if self.unfinished.exists() else "w+b")
+        if self.tokens and self.unfinished.stat().st_size < size:
+            raise ValueError(f"{self.unfinished} lost what was written to it; delete {self.folder} and prepare again")
         self.file.truncate(size)
         self.file.seek(size)
 
@@ -349,25 +348,27 @@ class ShardWriter:
         """Append ids, over as many shards as they take."""
         self.record["documents"] += int(np.count_nonzero(ids == self.eot_id))
         while len(ids):
-            part, ids = np.split(ids, [self.shard_tokens - self.unfinished])
+            part, ids = np.split(ids, [self.shard_tokens - self.tokens])
             self.file.write(part.astype(self.dtype, copy=False).data)
             self.record["tokens"] += len(part)
-            self.unfinished += len(part)
-            if self.unfinished == self.shard_tokens:
+            self.tokens += len(part)
+            if self.tokens == self.shard_tokens:
                 self.finish_shard()
 
     def finish_shard(self) -> None:
-        """Header, sync, hash, rename: a shard with its final name is whole."""
-        if self.unfinished:
+        """Write the header, sync, hash and rename: a shard with its final name is complete."""
+        if self.tokens:
             self.file.seek(0)
-            self.file.write(shard_header(self.dtype, self.unfinished))
-            self.sync()
+            self.file.write(shard_header(self.dtype, self.tokens))
+            self.flush()
             self.file.close()
-            shard = {"file": self.final.name, "tokens": self.unfinished, "sha256": file_sha256(self.partial)}
-            os.replace(self.partial, self.final)
-            self.record["shards"].append(shard)
+            digest = file_sha256(self.unfinished)
+            os.replace(self.unfinished, self.finished)
+            sync(self.folder)
+            self.record["shards"].append({"file": self.finished.name, "tokens": self.tokens, "sha256": digest})
             self._open()
 
-    def sync(self) -> None:
+    def flush(self) -> None:
+        """Wait until the disk has all that was written."""
         self.file.flush()
-        os.fsync(self.file.fileno())
+        sync(self.unfinished)

@@ -1,11 +1,11 @@
-"""Where documents come from: the text embedded in Python itself, files, and datasets of the Hub in streaming mode.
+"""Sources of documents: the text that comes with Python, files, and datasets of the Hub in streaming mode.
 
     source = open_source("files", files=["corpus/*.jsonl.zst"])
-    for document in source.documents():          # in an order that never changes
+    for document in source.documents():          # always in the same order
         document.text                            # UTF-8 bytes, or the Path of a text file
-        document.position                        # documents(position) goes on after this document
+        document.position                        # documents(position) continues after this document
 
-Nothing is dropped here: a record that is no text comes as a document with the reason in `skipped`. Compressed
+Nothing is dropped here: a record without usable text comes as a document with the reason in `skipped`. Compressed
 files, parquet and the Hub need the packages pyarrow and `datasets`, which are imported where they are used.
 """
 
@@ -14,6 +14,7 @@ import glob
 import hashlib
 import io
 import json
+import os
 import platform
 import re
 import sysconfig
@@ -25,10 +26,9 @@ from pathlib import Path
 from typing import Any
 
 NOT_TEXT, NOT_UTF8 = "not_text", "not_utf8"
-LONG_LINE = 2**24  # bytes of JSON from which a Python string, up to 4 bytes a character, would be too large a detour
+LONG_LINE = 2**24  # bytes of JSON above which pyarrow decodes it: a Python string takes up to 4 bytes a character
 FILES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-TOKENS_PER_BYTE = {".gz": 0.75, ".zst": 1.0, ".parquet": 0.6}  # of a file; 1/4, as of English, where there is no entry
+TOKENS_PER_BYTE = {".gz": 0.75, ".zst": 1.0, ".parquet": 0.6}  # of a file; English text has 1/4
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 HUB = {
     "fineweb-edu": {"dataset": "HuggingFaceFW/fineweb-edu", "config": "sample-10BT"},
@@ -39,37 +39,39 @@ HUB = {
 SOURCES = ("python-docs", "files", "hub", *HUB)
 WITHOUT_CHOICES = ("python-docs", "files", "tinyshakespeare")  # of configuration, split and revision
 
-Text = bytes | memoryview | Path  # a Path: the whole file, read in pieces
+Text = bytes | memoryview | Path  # a Path is the whole file, read in pieces
 
 
 @dataclass(slots=True)
 class Document:
-    """One document, or a record that is none (`skipped` says why)."""
+    """One document, or a record without usable text (`skipped` is the reason)."""
 
-    text: Text = b""
-    skipped: str | None = None
-    position: Any = None  # a JSON value: where documents() goes on after this one
-    done: float | None = None  # the fraction of the source that is read, where it is known
+    text: Text
+    skipped: str | None
+    position: Any  # a JSON value: documents(position) continues after this one
 
 
 @dataclass
 class Source:
-    """What is recorded of a source in dataset.json, and its documents."""
+    """What dataset.json records of a source, and its documents."""
 
     record: dict
     documents: Callable[..., Iterator[Document]]  # documents(position=None): those after a document's position
-    tokens: float = 0.0  # an estimate of GPT-2's, for the disk; 0 where there is none
-    whole_files: int = 1  # into how many parts it divides without each of them reading the whole
+    tokens: float = 0.0  # estimated number of GPT-2 tokens; 0 where it is unknown
+    whole_files: int = 1  # into how many parts the source divides without each of them reading all of it
     one_document: bool = False
 
 
 def open_source(
     name: str, *, files: list[str] | None = None, text_field: str = "text", part: tuple[int, int] = (0, 1), **hub: Any
 ) -> Source:
-    """The source of that name.
+    """Open a source by its name, one of SOURCES.
 
-    files: paths and globs, of the source "files". hub: dataset, config, split, revision, of the others. part (I, N):
-    the I-th of N parts, in whole files if there are so many, else every N-th document.
+    files: paths and globs, for the source "files". hub: dataset, config, split, revision, for the others.
+    part: (I, N) is the I-th of N parts: whole files where there are at least N of them, else every N-th document.
+
+    Raises:
+        ValueError: an unknown name, options that the source does not have, or a source that cannot be opened.
     """
     if name not in SOURCES:
         raise ValueError(f"unknown source {name!r}: one of {', '.join(SOURCES)}")
@@ -90,16 +92,8 @@ def open_source(
     return source
 
 
-def _every_nth(documents: Callable, part: tuple[int, int], position: Any = None) -> Iterator[Document]:
-    first, inside = position or (0, None)
-    for ordinal, document in enumerate(documents(inside), first):
-        if ordinal % part[1] == part[0]:
-            document.position = (ordinal + 1, document.position)
-            yield document
-
-
 def was_made_from(record: dict, name: str, files: list[str]) -> bool:
-    """Whether the `source` that a dataset.json records is this one. Files that are gone compare by kind alone."""
+    """Whether the `source` that a dataset.json records is this one. Deleted files are compared by kind alone."""
     if name != "files":
         return record.get("dataset", record.get("name")) == HUB.get(name, {"dataset": name})["dataset"]
     try:
@@ -108,16 +102,27 @@ def was_made_from(record: dict, name: str, files: list[str]) -> bool:
         return record.get("name") == "files"
 
 
+def _every_nth(documents: Callable, part: tuple[int, int], position: Any = None) -> Iterator[Document]:
+    first, inner_position = position or (0, None)
+    for number, document in enumerate(documents(inner_position), first):
+        if number % part[1] == part[0]:
+            document.position = (number + 1, document.position)
+            yield document
+
+
+# ---------------------------------------------------------------------------------------------------- python-docs
+
+
 def _python_docs() -> Source:
-    """English that every Python carries: its language reference, and the standard library's long docstrings."""
+    """English that every Python comes with: its language reference, and the standard library's long docstrings."""
     from pydoc_data.topics import topics
 
-    reference = {*topics.values()}  # by set and sort: the same in whichever order the file system lists the library
+    reference = set(topics.values())  # sets, sorted: the order in which the disk lists the library must not matter
     texts = sorted(reference) + sorted(_docstrings() - reference)
 
-    def documents(position: int | None = None) -> Iterator[Document]:
+    def documents(position: int = 0) -> Iterator[Document]:
         for number, text in enumerate(texts[position or 0 :], 1 + (position or 0)):
-            yield Document(text.encode(), None, number, number / len(texts))
+            yield Document(text.encode(), None, number)
 
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     record = {"name": "python-docs", "python": platform.python_version(), "sha256": digest}
@@ -126,7 +131,7 @@ def _python_docs() -> Source:
 
 def _docstrings() -> set[str]:
     """Docstrings of 200 characters and more, parsed from the library's files; nothing is imported."""
-    library, found = Path(sysconfig.get_paths()["stdlib"]), set()
+    library, docstrings = Path(sysconfig.get_paths()["stdlib"]), set()
     for file in library.rglob("*.py"):
         if {"site-packages", "dist-packages", "test", "tests", "idle_test"} & {*file.relative_to(library).parts}:
             continue
@@ -136,69 +141,76 @@ def _docstrings() -> set[str]:
             continue  # lib2to3 keeps files in old syntax
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                found.add(ast.get_docstring(node) or "")
-    return {text for text in found if len(text) >= 200}
+                docstrings.add(ast.get_docstring(node) or "")
+    return {text for text in docstrings if len(text) >= 200}
+
+
+# ---------------------------------------------------------------------------------------------------- files
 
 
 def _files(patterns: list[str], *, text_field: str = "text", part: tuple[int, int] = (0, 1)) -> Source:
-    """Files in the order given, globs sorted, each once."""
-    paths: dict[Path, int] = {}
-    for pattern in patterns:
-        matches = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-        found = {Path(match): Path(match).stat().st_size for match in matches if Path(match).is_file()}
-        if not found:
-            raise ValueError(f"no file matches {pattern!r}; give a file, or a glob in quotes such as 'folder/*.jsonl'")
-        paths |= found
+    """Files in the order given, those of a glob sorted, each once."""
+    paths = list(dict.fromkeys(path for pattern in patterns for path in _matching(pattern)))
     for path in paths:
         if not path.name.endswith(FILES):
             raise ValueError(f"{path} is of no known kind: {', '.join(FILES)}")
-    mine = list(paths)[part[0] :: part[1]] if part[1] <= len(paths) else list(paths)
-    sizes = [{"file": path.name, "bytes": size} for path, size in paths.items()]
+    chosen = paths[part[0] :: part[1]] if part[1] <= len(paths) else paths
+    sizes = [{"file": path.name, "bytes": path.stat().st_size} for path in paths]
     return Source(
         {"name": "files", "text_field": text_field, "files": sizes},
-        partial(_file_documents, mine, text_field),
-        tokens=sum(size * TOKENS_PER_BYTE.get(path.suffix, 0.25) for path, size in paths.items()),
+        partial(_file_documents, chosen, text_field),
+        tokens=sum(path.stat().st_size * TOKENS_PER_BYTE.get(path.suffix, 0.25) for path in paths),
         whole_files=len(paths),
-        one_document=len(paths) == 1 and mine[0].suffix in (".txt", ".md"),
+        one_document=len(paths) == 1 and paths[0].suffix in (".txt", ".md"),
     )
 
 
+def _matching(pattern: str) -> list[Path]:
+    """The file of that name, or the files that match it as a glob below the part of it that is an existing folder."""
+    path = Path(os.path.expanduser(pattern))
+    folder = next(parent for parent in (path, *path.parents) if parent.exists())  # may have [brackets] in its name
+    names = glob.glob(str(path.relative_to(folder)), root_dir=folder, recursive=True)
+    matches = [path] if path.is_file() else [folder / name for name in sorted(names) if (folder / name).is_file()]
+    if not matches:
+        raise ValueError(f"no file matches {pattern!r}; give a file, or a glob in quotes such as 'folder/*.jsonl'")
+    return matches
+
+
 def _file_documents(paths: list[Path], text_field: str, position: Any = None) -> Iterator[Document]:
-    first, inside = position or (0, None)
-    sizes = [path.stat().st_size for path in paths]
+    first, inner_position = position or (0, None)
     for index, path in enumerate(paths[first:], first):
         read = {".txt": _text, ".md": _text, ".parquet": _parquet}.get(path.suffix, _json_lines)
-        for document in read(path, text_field, inside if index == first else None):
+        for document in read(path, text_field, inner_position if index == first else None):
             document.position = (index, document.position)
-            document.done = (sum(sizes[:index]) + (document.done or 0) * sizes[index]) / (sum(sizes) or 1)
             yield document
 
 
 def _text(path: Path, text_field: str, position: Any) -> Iterator[Document]:
     if position is None:
-        yield Document(path, None, "read", 1.0)
+        yield Document(path, None, "read")
 
 
 def _json_lines(path: Path, text_field: str, position: int | None) -> Iterator[Document]:
-    """One document a line. Our own reading rather than `datasets`': theirs fails a whole block for one bad line."""
-    size, at = path.stat().st_size, 0
-    with open(path, "rb") as raw:
+    """One document a line. Not through `datasets`, where one bad line fails a whole block."""
+    with _open_lines(path) as lines:
+        at = lines.seek(position) if position and path.suffix == ".jsonl" else 0  # bytes before decompression
         try:
-            lines: Any = raw
-            if path.suffix in COMPRESSION:
-                import pyarrow
-
-                lines = io.BufferedReader(pyarrow.input_stream(raw, compression=COMPRESSION[path.suffix]), 2**20)
-            elif position:
-                at = lines.seek(position)
             for line in lines:
                 at += len(line)
                 if at > (position or 0):
                     text, skipped = _line_text(line, text_field)
-                    del line  # it may be large, and the document is about to be worked on
-                    yield Document(text, skipped, at, raw.tell() / size)
+                    del line  # it may be large, and the document is processed next
+                    yield Document(text, skipped, at)
         except (OSError, EOFError) as error:
             raise ValueError(f"{path} cannot be read to its end ({error}); it is damaged: copy it again") from error
+
+
+def _open_lines(path: Path) -> io.BufferedReader:
+    if path.suffix == ".jsonl":
+        return open(path, "rb")
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(str(path)), 2**20)  # the suffix names the compression
 
 
 def _line_text(line: bytes, text_field: str) -> tuple[Text, str | None]:
@@ -208,7 +220,7 @@ def _line_text(line: bytes, text_field: str) -> tuple[Text, str | None]:
         record = json.loads(line) if line.strip() else {text_field: ""}
         text = record.get(text_field) if isinstance(record, dict) else None
         return (text.encode(), None) if isinstance(text, str) else (b"", NOT_TEXT)
-    except UnicodeError:  # bytes that are no UTF-8, or half a surrogate pair
+    except UnicodeError:  # bytes that are not UTF-8, or half a surrogate pair
         return b"", NOT_UTF8
     except ValueError:
         return b"", NOT_TEXT
@@ -219,23 +231,26 @@ def _long_line_text(line: bytes, text_field: str) -> tuple[Text, str | None]:
     from pyarrow import json as arrow_json
 
     schema = pyarrow.schema([(text_field, pyarrow.string())])
-    whole = arrow_json.ReadOptions(use_threads=False, block_size=len(line) + 1)
-    alone = arrow_json.ParseOptions(schema, unexpected_field_behavior="ignore")
-    text = arrow_json.read_json(pyarrow.BufferReader(line), whole, alone)[text_field][0].as_buffer()
+    one_field = arrow_json.ParseOptions(schema, unexpected_field_behavior="ignore")
+    one_block = arrow_json.ReadOptions(use_threads=False, block_size=len(line) + 1)
+    text = arrow_json.read_json(pyarrow.BufferReader(line), one_block, one_field)[text_field][0].as_buffer()
     return (b"", NOT_TEXT) if text is None else (memoryview(text), None)
 
 
 def _parquet(path: Path, text_field: str, position: Any) -> Iterator[Document]:
     import datasets
 
-    stream = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-    yield from _arrow_documents(stream, text_field, str(path), position)
+    file = glob.escape(str(path))
+    stream = datasets.load_dataset("parquet", data_files=file, split="train", streaming=True)
+    return _arrow_documents(stream, text_field, str(path), position)
+
+
+# ---------------------------------------------------------------------------------------------------- the Hub
 
 
 def _arrow_documents(stream: Any, text_field: str, name: str, position: Any = None) -> Iterator[Document]:
-    """The documents of a streaming `datasets` dataset; the position is its own state and the rows done since."""
-    stream = stream.with_format("arrow")
-    done = 0
+    """Documents of a streaming `datasets` dataset; a position is the dataset's state and the rows done since."""
+    stream, done = stream.with_format("arrow"), 0
     if position:
         stream.load_state_dict(position["state"])
         done = position["rows"]
@@ -245,7 +260,7 @@ def _arrow_documents(stream: Any, text_field: str, name: str, position: Any = No
         if kinds.get(text_field) not in ("string", "large_string"):
             raise ValueError(f"{name} has no text in a field {text_field!r}, only {kinds}; name it with --text-field")
         for row, value in islice(enumerate(table[text_field]), done, None):
-            text = value.as_buffer()  # without a copy, and without a check for UTF-8: prepare checks and counts
+            text = value.as_buffer()  # without a copy, and without a check for UTF-8, which prepare does
             skipped = NOT_TEXT if text is None else None
             yield Document(memoryview(text or b""), skipped, {"state": state, "rows": row + 1})
         state, done = stream.state_dict(), 0
@@ -254,30 +269,30 @@ def _arrow_documents(stream: Any, text_field: str, name: str, position: Any = No
 def _hub(
     dataset: str, *, config: str | None = None, split: str = "train", revision: str | None = None,
     text_field: str, part: tuple[int, int],
-) -> Source:  # fmt: skip
-    """A dataset of the Hub, or a local folder laid out like one, streamed by `datasets` at one fixed commit."""
+) -> Source:
+    """A dataset of the Hub at one fixed commit, or a local folder laid out like one, streamed by `datasets`."""
     import datasets
     from huggingface_hub import HfApi
 
-    local, one_file = Path(dataset).is_dir(), dataset == SHAKESPEARE
-    options: dict = {"path": dataset, "name": config}
+    path, one_file = os.path.expanduser(dataset), dataset == SHAKESPEARE
+    local = Path(path).is_dir()
+    options: dict = {"path": path, "name": config}
     try:
         if one_file:
             options = {"path": "text", "data_files": dataset, "sample_by": "document"}
         elif not local:
             revision = HfApi().dataset_info(dataset, revision=revision, timeout=10).sha
         stream = datasets.load_dataset(**options, split=split, revision=revision, streaming=True)
-    except Exception as error:  # each layer below has its own: http client, hub, file system, builder
+    except Exception as error:  # the http client, the Hub, the file system and the builder each have their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"the dataset {dataset} cannot be opened ({reason}). Without a network: --source files --files GLOB, "
-            "--source hub --dataset FOLDER for a downloaded repository, or --source python-docs, which needs nothing"
-        ) from error
+        offline = "--source files, --source hub --dataset FOLDER (a downloaded repository), or --source python-docs"
+        raise ValueError(f"the dataset {dataset} cannot be opened ({reason}); without a network: {offline}") from error
     whole_files = stream.num_shards
     if 1 < part[1] <= whole_files:
         stream = stream.shard(num_shards=part[1], index=part[0])
-    record = {"name": "hub", "dataset": Path(dataset).name if local else dataset, "config": config, "split": split,
-              "text_field": text_field, "revision": revision}  # fmt: skip
+    name = Path(path).name if local else dataset
+    record: dict = {"name": "hub", "dataset": name, "config": config, "split": split}
+    record |= {"text_field": text_field, "revision": revision}
     sample = re.fullmatch(r"sample-(\d+)BT", config or "")  # the name counts GPT-2 tokens in billions
     tokens = 1_115_394 / 4 if one_file else int(sample[1]) * 1e9 if sample else 0.0
     documents = partial(_arrow_documents, stream, text_field, dataset)

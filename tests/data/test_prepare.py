@@ -19,6 +19,8 @@ from transformers import AutoTokenizer
 
 from gpt2repro.data.prepare import main, prepare
 from gpt2repro.data.shards import Dataset, open_dataset
+from gpt2repro.data.training_data import open_recipe_dataset
+from gpt2repro.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 Digests = Callable[[Path], dict[str, str]]
@@ -226,7 +228,7 @@ def test_a_finished_dataset_is_left_alone(unbroken: Path, large_options: list[st
         (["--files", __file__.replace(".py", ".md")], "no file matches"),
         (["--tokenizer", "train:600"], "tokenizer is"),
         (["--tokenizer", "no/such/tokenizer"], "no tokenizer loads from 'no/such/tokenizer'"),
-        (["--tokenizer", "train:big"], "train:N takes a number"),
+        (["--tokenizer", "train:big"], "tokenizer 'train:big' with part 0/1: train:N takes a number"),
         (["--tokenizer", "train:600", "--part", "0/2"], "for parts, train on a sample first"),
         (["--workers", "0"], "must be at least 1"),
         (["--part", "2/2"], "the parts of 4 are 0/4, 1/4, 2/4 and 3/4"),
@@ -249,6 +251,18 @@ def test_a_folder_that_holds_a_commit_of_the_hub_is_no_place_for_another_source(
     (tmp_path / "dataset.json").write_text(json.dumps(record), "utf-8")
     with pytest.raises(ValueError, match="holds another preparation"):
         prepare(source="python-docs", tokenizer="train:512", out=tmp_path)
+
+
+def test_the_home_folder_is_expanded_in_every_path(
+    tmp_path: Path, dataset_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    shutil.copytree(dataset_folder, tmp_path / "tokenizer")
+    made = prepare(source="files", files=["~/a.txt"], tokenizer="~/tokenizer", out="~/made", val_tokens=20)
+    assert made == tmp_path / "made"
+    recipe = Recipe(dataset_dir=("~/made",), source="files", files=("~/a.txt",), tokenizer="~/tokenizer")
+    assert open_recipe_dataset(recipe).fingerprint == open_dataset("~/made").fingerprint
 
 
 def test_wrong_usage_exits_with_2() -> None:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from gpt2repro.data.shards import Shard, TokenStream, open_dataset, tokenizer_sha256
-from gpt2repro.tools.inspect_data import main as inspect
+from gpt2repro.tools.inspect import main as inspect
 
 IDS = np.random.default_rng(0).integers(0, 50257, 4321)
 

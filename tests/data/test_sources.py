@@ -138,6 +138,7 @@ def test_a_compressed_file_that_ends_early_is_an_error_with_its_name(tmp_path: P
         ({"name": "wikitext"}, "unknown source 'wikitext': one of python-docs, files, hub"),
         ({"name": "files"}, "--source files and --files GLOB go together"),
         ({"name": "files", "files": ["nothing/*.jsonl"]}, r"no file matches 'nothing/\*.jsonl'"),
+        ({"name": "files", "files": [str(ROOT)]}, "no file matches .*; give a file, or a glob"),
         ({"name": "files", "files": [__file__]}, r"test_sources.py is of no known kind: .txt, .md, .jsonl"),
         ({"name": "hub"}, "--source hub and --dataset NAME go together"),
         ({"name": "python-docs", "revision": "main"}, "mean nothing to source python-docs"),
@@ -178,6 +179,40 @@ finally:
     last = run.stderr.strip().splitlines()[-1]
     assert last.startswith("ValueError: the dataset ") and "cannot be opened" in last
     assert "--source files" in last and "--dataset FOLDER" in last and "python-docs" in last
+
+
+@pytest.mark.parametrize("name", ["a[1].jsonl", "b*?.parquet", "c[!d].txt"])
+def test_a_name_of_an_existing_file_or_folder_is_no_pattern(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "texts [v1] *"
+    folder.mkdir()
+    if name.endswith(".txt"):
+        (folder / name).write_text(TEXTS[0], "utf-8")
+    else:
+        write(folder / name, TEXTS[:1])
+    for pattern in folder / name, folder / f"*{Path(name).suffix}", folder / "**" / f"*{Path(name).suffix}":
+        assert texts_of(open_source("files", files=[str(pattern)])) == TEXTS[:1]
+
+
+def test_a_glob_lists_files_in_the_order_of_their_whole_names(tmp_path: Path) -> None:
+    names = ["a-b/1.txt", "a/2.txt", "a/b/3.txt", "b.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert texts_of(open_source("files", files=[str(tmp_path / "b.txt"), str(tmp_path / "**/*.txt")])) == [
+        "b.txt", "a-b/1.txt", "a/2.txt", "a/b/3.txt"
+    ]
+
+
+def test_the_home_folder_is_expanded_in_files_and_local_repositories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.jsonl", TEXTS[:3])
+    hub_folder(tmp_path / "repository")
+    assert texts_of(open_source("files", files=["~/*.jsonl"])) == TEXTS[:3]
+    assert texts_of(open_source("files", files=["~/a.jsonl"])) == TEXTS[:3]
+    source = open_source("hub", dataset="~/repository", config="sample-10BT")
+    assert texts_of(source) == TEXTS and source.record["dataset"] == "repository"
 
 
 def test_parts_divide_files_between_them(tmp_path: Path) -> None:
