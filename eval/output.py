@@ -21,16 +21,17 @@ def check_output(output: str | None, *, items: bool = False) -> None:
     if Path(output).suffix == ".jsonl":
         raise UsageError(f"--output is {output}: give the name of a JSON file; items go to the .jsonl beside it")
     for path in (Path(output), Path(output).with_suffix(".jsonl"))[: 1 + items]:
-        if path.exists() and not (path.is_file() and _holds_results(path)):
+        replaceable = path.is_file() and (path.stat().st_size == 0 or _holds_results(path))
+        if path.exists() and not replaceable:
             raise UsageError(f"{path} exists and holds no results of an evaluation: give --output another name")
 
 
 def _holds_results(path: Path) -> bool:
-    """Whether a file is empty or written by `write_results`."""
+    """Whether `write_results` wrote the file."""
     with open(path, "rb") as file:
         text = file.readline() if path.suffix == ".jsonl" else file.read()
     try:
-        value = json.loads(text or '{"acc": 0}')
+        value = json.loads(text)
     except ValueError:
         return False
     return isinstance(value, dict) and bool(value.keys() & RESULT_KEYS)

@@ -25,7 +25,7 @@ TREE_MODELS = ("gpt2", "gpt2repro")
 # speed; a GPU needs large ones.
 BATCH_TOKENS = {"cpu": 384, "cuda": 16_384}
 HEAD_ROWS = 2048  # positions that go through the head at once: 2048 * 50257 * 4 bytes = 0.4 GB of logits
-FILLER = -1  # the branch of padding
+FILLER = -1  # token, position and branch of padding
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,7 @@ def _sequences(item: Item, ids: dict[str, list[int]], *, start_id: int, max_leng
 class Tree:
     """One row of a batch: a shared beginning and its branches, and where in it the scored tokens are predicted."""
 
-    tokens: list[int]
-    positions: list[int]
-    branches: list[int]  # 0 for the shared beginning, 1 … for the choices
+    cells: list[tuple[int, int, int]]  # token, position, branch: 0 for the shared beginning, 1 … for the choices
     predicted_at: list[int]  # columns of the row
     targets: list[int]
 
@@ -92,27 +90,21 @@ class Tree:
 def make_tree(inputs: list[list[int]], targets: list[list[int]]) -> Tree:
     """The inputs as one row; tokens that all of them begin with stand in it once."""
     shared = len(os.path.commonprefix(inputs))  # noqa: RUF071 (it takes any sequences)
-    tokens, positions, branches, predicted_at = inputs[0][:shared], list(range(shared)), [0] * shared, []
+    cells = [(token, place, 0) for place, token in enumerate(inputs[0][:shared])]
+    predicted_at = []
     for branch, (own, target) in enumerate(zip(inputs, targets, strict=True), start=1):
-        shift = len(tokens) - shared  # place p of this input is column p + shift, if not shared
+        shift = len(cells) - shared  # place p of this input is column p + shift, if not shared
         places = range(len(own) - len(target), len(own))
         predicted_at += [place if place < shared else place + shift for place in places]
-        tokens = tokens + own[shared:]
-        positions += range(shared, len(own))
-        branches += [branch] * (len(own) - shared)
-    return Tree(tokens, positions, branches, predicted_at, [token for target in targets for token in target])
+        cells += [(token, place, branch) for place, token in enumerate(own[shared:], start=shared)]
+    return Tree(cells, predicted_at, [token for target in targets for token in target])
 
 
 def _rows(item: Sequences, *, share: bool, max_length: int) -> list[Tree]:
     """One row for all choices of an item, or one for each where they may not share or would be too long together."""
-    if share and len((tree := make_tree(item.inputs, item.targets)).tokens) <= max_length:
+    if share and len((tree := make_tree(item.inputs, item.targets)).cells) <= max_length:
         return [tree]
     return [make_tree([own], [target]) for own, target in zip(item.inputs, item.targets, strict=True)]
-
-
-def _padded(rows: list[list[int]], filler: int, device: torch.device) -> torch.Tensor:
-    table = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler)
-    return table.to(device, non_blocking=True)
 
 
 def _tree_mask(branches: torch.Tensor) -> torch.Tensor:
@@ -125,15 +117,15 @@ def _tree_mask(branches: torch.Tensor) -> torch.Tensor:
 def _token_scores(model, trees: list[Tree]) -> tuple[torch.Tensor, torch.Tensor]:
     """Float32 log-probability of every target of a batch, and whether it is the likeliest token; both (targets,)."""
     device = model.device
-    input_ids = _padded([tree.tokens for tree in trees], 0, device)  # (B, T)
-    T = input_ids.shape[1]
+    table = pad_sequence([torch.tensor(tree.cells) for tree in trees], batch_first=True, padding_value=FILLER)
+    input_ids, positions, branches = table.to(device, non_blocking=True).unbind(-1)  # (B, T) each
+    input_ids, T = input_ids.clamp(min=0), input_ids.shape[1]
     columns = torch.tensor([row * T + at for row, tree in enumerate(trees) for at in tree.predicted_at])
     targets = torch.tensor([target for tree in trees for target in tree.targets]).to(device, non_blocking=True)
     columns = columns.to(device, non_blocking=True)
     arguments = {}
-    if any(tree.branches[-1] for tree in trees):
-        arguments["attention_mask"] = _tree_mask(_padded([tree.branches for tree in trees], FILLER, device))
-        arguments["position_ids"] = _padded([tree.positions for tree in trees], 0, device)
+    if any(tree.cells[-1][2] for tree in trees):
+        arguments = {"attention_mask": _tree_mask(branches), "position_ids": positions.clamp(min=0)}
     if model.config.model_type in TREE_MODELS:
         states, head = model.base_model(input_ids, use_cache=False, **arguments)[0], model.get_output_embeddings()
     else:
@@ -162,7 +154,7 @@ def score_items(
     sdpa = model.config._attn_implementation == "sdpa"
     share, limit = share_prefix and sdpa and model.config.model_type in TREE_MODELS, max_positions(model)
     rows = [_rows(item, share=share, max_length=limit) for item in items]
-    size = [max(len(row.tokens) for row in own) for own in rows]
+    size = [max(len(row.cells) for row in own) for own in rows]
     own = sorted(range(len(items)), key=lambda index: (-size[index], index))[rank::world_size]
     budget, first, parts = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"]), 0, []
     bar = tqdm(total=len(own), unit="item", disable=None if progress and rank == 0 else True)

@@ -151,7 +151,7 @@ def _measure(arguments: argparse.Namespace) -> None:
         result = _text_loss(model, tokenizer, arguments.text, stride=arguments.stride or seq_len, **shape)
     loss, tokens, size = result["loss"], result["tokens"], result["bytes"]
     result |= {
-        "perplexity": math.exp(loss),
+        "perplexity": math.exp(min(loss, 700.0)),  # finite in float64
         "bits_per_byte": loss * tokens / math.log(2) / size if size else None,
         "seq_len": seq_len, "model": arguments.model, "measured_on": arguments.dataset or arguments.text,
         "dtype": arguments.dtype,
