@@ -32,16 +32,17 @@ from gpt2repro.data.sources import open_source
 SHARD_TOKENS = 100_000_000
 
 
-def tokenisation(corpus: str, tokenizer: str, folder: Path) -> Iterator[tuple[str, int, float]]:
-    """For each way its name, the tokens and the seconds."""
+def tokenisation(corpus: str, tokenizer: str, folder: Path) -> Iterator[tuple[str, dict]]:
+    """For each way its tokens, seconds and rate."""
     load_tokenizer(tokenizer).save_pretrained(folder)
     documents = open_source("files", files=[corpus]).documents()
     texts = [bytes(document.text).decode() for document in documents if not document.skipped]
     for name, encoder in ("tokenizers", exact_encoder), ("gigatoken, cold", fast_encoder):
         encode, began = encoder(folder / "tokenizer.json"), time.perf_counter()
-        yield f"{name}, alone", sum(len(encode(text)) for text in texts), time.perf_counter() - began
+        tokens = sum(len(encode(text)) for text in texts)
+        yield f"{name}, alone", rate(tokens, time.perf_counter() - began)
     for processes in 1, 2:
-        yield f"build-nanogpt's way, {processes} process(es)", *build_nanogpt_way(texts, processes, folder)
+        yield f"build-nanogpt's way, {processes} process(es)", build_nanogpt_way(texts, processes, folder)
     one = folder / "one.jsonl"
     one.write_text(json.dumps({"text": texts[0]}) + "\n", encoding="utf-8")
     for workers, fast in (1, False), (1, True), (2, False), (2, True):
@@ -51,11 +52,16 @@ def tokenisation(corpus: str, tokenizer: str, folder: Path) -> Iterator[tuple[st
         prepare(files=[str(one)], out=folder / name / "one", **options)
         started = time.perf_counter()
         dataset = prepare(files=[corpus], out=folder / name / "all", **options)
-        yield name, open_dataset(dataset).split("train").tokens, time.perf_counter() - started - (started - began)
+        seconds = (time.perf_counter() - started) - (started - began)
+        yield name, rate(open_dataset(dataset).split("train").tokens, seconds)
 
 
-def build_nanogpt_way(texts: list[str], processes: int, folder: Path) -> tuple[int, float]:
-    """Tokens and seconds of its fineweb.py: the main process fills a shard with what the pool encodes."""
+def rate(tokens: int, seconds: float) -> dict[str, float]:
+    return {"tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds}
+
+
+def build_nanogpt_way(texts: list[str], processes: int, folder: Path) -> dict[str, float]:
+    """Its fineweb.py: the main process fills a shard with the ids that the pool returns."""
     with multiprocessing.Pool(processes) as pool:
         pool.map(tiktoken_document, ["warm-up"] * processes)
         began, shard, filled = time.perf_counter(), np.empty(SHARD_TOKENS, np.uint16), 0
@@ -63,7 +69,7 @@ def build_nanogpt_way(texts: list[str], processes: int, folder: Path) -> tuple[i
             shard[filled : filled + len(ids)] = ids
             filled += len(ids)
         np.save(folder / "build_nanogpt.npy", shard[:filled])
-        return filled, time.perf_counter() - began
+        return rate(filled, time.perf_counter() - began)
 
 
 def tiktoken_document(text: str) -> np.ndarray:
@@ -92,32 +98,29 @@ def open_batches(folder: Path, step: int) -> Iterator:
     return TrainLoader(stream, order, sequences_per_step=512, micro_batch_size=16, vocab_size=50257).batches(step)
 
 
-def loading(folder: Path) -> dict:
-    """Milliseconds from opening to the first batch of some steps, then the rate of 5 seconds."""
-    first_batch_ms = []
-    for step in 19_072, 0, 777, 10**6, 10**9:
-        began = time.perf_counter()
-        next(open_batches(folder, step))
-        first_batch_ms.append(1000 * (time.perf_counter() - began))
-    batches = open_batches(folder, 0)
-    for seconds in 2, 5:  # the first 2 seconds fill the page cache
-        tokens, began = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - began) < seconds:
-            tokens += next(batches)[0].numel()
-    return {"first_batch_ms": first_batch_ms, "tokens_per_s": tokens / elapsed}
+def loading(folder: Path) -> Iterator[tuple[str, dict]]:
+    """For each size of a dataset: milliseconds from opening to the first batch of some steps, then the rate."""
+    for name, shards in ("0.1B tokens", 1), ("10B tokens", 100):
+        dataset, first_batch_ms = sparse_dataset(folder / name, shards), []
+        for step in 19_072, 0, 777, 10**6, 10**9:
+            began = time.perf_counter()
+            next(open_batches(dataset, step))
+            first_batch_ms.append(1000 * (time.perf_counter() - began))
+        batches = open_batches(dataset, 0)
+        for seconds in 2, 5:  # the first 2 seconds fill the page cache
+            tokens, began = 0, time.perf_counter()
+            while (elapsed := time.perf_counter() - began) < seconds:
+                tokens += next(batches)[0].numel()
+        yield name, {"tokens_per_s": tokens / elapsed, "first_batch_ms": max(first_batch_ms)}
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict:
     """Every row of the table by its name."""
     rows = {}
-    if arguments.corpus:
-        for name, tokens, seconds in tokenisation(arguments.corpus, arguments.tokenizer, folder):
-            rows[name] = {"tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds}
-            print_row(name, f"{tokens / seconds:,.0f} tokens/s")
-    else:
-        for name, shards in ("0.1B tokens", 1), ("10B tokens", 100):
-            rows[name] = row = loading(sparse_dataset(folder / name, shards))
-            print_row(name, f"{row['tokens_per_s']:,.0f} tokens/s, first batch {max(row['first_batch_ms']):.1f} ms")
+    measured = tokenisation(arguments.corpus, arguments.tokenizer, folder) if arguments.corpus else loading(folder)
+    for name, row in measured:
+        rows[name] = row
+        print_row(name, *(f"   {value:,.1f} {unit}" for unit, value in row.items()))
     return {"benchmark": "data_throughput", "rows": rows}
 
 

@@ -43,7 +43,7 @@ FLAGS = (
 )
 LAUNCHER = "-m accelerate.commands.launch --config_file accelerate_configs/cpu_2proc.yaml --main_process_port 0"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
-IN_THE_LOOP = "training tokens, step"  # the script prints it when everything is loaded
+IN_THE_LOOP = " training tokens; "  # the script prints it when everything is loaded, after "resumed from"
 TEARDOWN_SECONDS = 60  # a launcher that lost a rank ends the others within this; it waits 30 s before it kills
 
 
@@ -180,6 +180,7 @@ def inject_faults(arguments: argparse.Namespace, folder: Path) -> int:
     flags = ["--dataset_dir", str(dataset), *f"--max_steps {arguments.max_steps} --dropout {dropout}".split()]
     unbroken = Run(folder / "unbroken", flags)
     run_to_the_end(unbroken, Campaign(campaign.processes[:1]), kills=0)
+    assert unbroken.in_the_loop(), f"the script does not print {IN_THE_LOOP!r} any more"
     expected = unbroken.result()
     while campaign.kills < arguments.kills:
         run = Run(folder / f"{campaign.runs:03}", flags)

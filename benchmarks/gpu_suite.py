@@ -27,10 +27,11 @@ from gpt2repro import command
 from gpt2repro.files import write_whole
 
 PART_MINUTES = 3.5  # the most for one part
-# What Python runs for every part; the most important first, because time may run out. Words in braces are options.
+STEPS = "-m benchmarks.train_throughput --memory --batch-size 64 --seq-len 1024 --variants"
+# What Python runs for every part; the most important first, because time may run out. A word in braces is an option.
 PARTS = {
     "checks": "-m pytest -q tests/benchmarks/test_step.py",
-    "throughput": "-m benchmarks.train_throughput --memory --batch-size 64 --seq-len 1024",
+    "throughput": f"{STEPS} ours ours-chunked stock",
     "ladder": "-m benchmarks.ladder --batch-size 16 --seq-len 1024",
     "generation": "-m benchmarks.generation --rounds 2",
     "training": "-m train_accelerate --dataset_dir {dataset} --output_dir {run_dir} --model gpt2 --seq_len 1024 "
@@ -38,19 +39,20 @@ PARTS = {
     "--eval_tokens 262144 --save_every 15 --sample_every 0 --profile_steps 2",
     "hellaswag": "-m benchmarks.eval_throughput --data {hellaswag} --tokenizer {tokenizer} --items 2000 --rounds 1 "
     "--dtype bfloat16 --lm-eval-batch-sizes",
-    "kernels": "-m benchmarks.train_throughput --memory --batch-size 64 --seq-len 1024 "
-    "--variants ours-chunked ours-flash ours-cudnn ours-max-autotune",
+    "kernels": f"{STEPS} ours-chunked ours-flash ours-cudnn ours-max-autotune",
+    "eager": f"{STEPS} ours-chunked stock-eager --rounds 3",  # may not fit in memory
 }
 # Options that --tiny adds; they replace those before them.
-STEP = "--model-shape demo --batch-size 2 --seq-len 64 --rounds 2"
+TINY_STEP = "--model-shape demo --batch-size 2 --seq-len 64 --rounds 2"
 TINY = {
-    "throughput": STEP,
-    "ladder": STEP,
+    "throughput": TINY_STEP,
+    "ladder": TINY_STEP,
     "generation": "--model-shape demo --batch-sizes 1 2 --new-tokens 8",
     "training": "--model demo --seq_len 64 --micro_batch_size 2 --global_batch_tokens 256 --max_steps 8 "
     "--warmup_steps 2 --eval_every 4 --eval_tokens 512 --save_every 4",
     "hellaswag": "--items 8",
-    "kernels": STEP,
+    "kernels": TINY_STEP,
+    "eager": TINY_STEP,
 }
 
 

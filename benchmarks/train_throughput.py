@@ -8,13 +8,11 @@ rounds. --memory also measures what a step holds above parameters, gradients and
 """
 
 import argparse
-import gc
 import sys
 
-import torch
 from torch.nn.attention import SDPBackend
 
-from benchmarks.measuring import Seconds, compare, finish, print_row, time_in_turns
+from benchmarks.measuring import compare, finish, print_row, time_in_turns
 from benchmarks.training_step import HEAD, Step, Variant, cells, step_parser
 from gpt2repro import command
 
@@ -31,23 +29,10 @@ VARIANTS = {
 }
 
 
-def time_what_fits(steps: dict[str, Step], *, rounds: int) -> dict[str, list[Seconds]]:
-    """Timings of the steps. When memory runs out, the last variant is dropped and all others are timed again."""
-    while True:
-        try:
-            return time_in_turns(steps, rounds=rounds)
-        except torch.OutOfMemoryError:
-            if len(steps) == 1:
-                raise
-            print(f"{steps.popitem()[0]}: left out, out of memory")
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
 def measure(arguments: argparse.Namespace) -> dict:
     """Speed, MFU and memory of every variant, and the ratios of ours to the others."""
     steps = {name: Step(VARIANTS[name], arguments) for name in arguments.variants}
-    seconds = time_what_fits(steps, rounds=arguments.rounds)
+    seconds = time_in_turns(steps, rounds=arguments.rounds)
     figures = compare(seconds, amount=arguments.batch_size * arguments.seq_len, unit="tokens")
     print_row("way", *HEAD)
     for name, row in figures["ways"].items():
