@@ -64,6 +64,7 @@ def examine(
     Raises:
         ValueError: the recipe or the dataset cannot be used at all.
     """
+    # ---- the recipe and the data ---------------------------------------------------------------------------
     recipe.check(world_size=processes)
     if recipe.source and not Path(recipe.dataset_dir[0]).exists():
         raise ValueError(f"there is no {recipe.dataset_dir[0]}; make it first: {preparation_command(recipe)}")
@@ -73,6 +74,7 @@ def examine(
     yield check_shuffled(data.loader.order)
     yield check_warmup(recipe)
 
+    # ---- the model, its weights and its memory -------------------------------------------------------------
     raw = initial_model(recipe, vocab_size=data.vocab_size, eot_id=data.eot_id).eval()
     n_parameters = raw.num_parameters()
     yield check_learning_rate(recipe, n_parameters)
@@ -95,6 +97,7 @@ def examine(
     yield Check("memory", need <= usable, f"about {need:.1f} GB for this micro_batch_size", f"at most {usable:.1f} GB")
     yield check_shards(data.dataset)
 
+    # ---- the run's own step --------------------------------------------------------------------------------
     model = accelerator.prepare(raw)  # the run's precision
     batch = data.loader.first_batch(0)
     few = batch[0][:4], batch[1][:4]
@@ -115,11 +118,13 @@ def examine(
     except ValueError as error:
         agrees, value = False, str(error)
     yield Check("first step", agrees, value.removeprefix("first step: "), "as in eager fp32")
+
     speed = tokens_per_second(backward, batch)
     flops, peak = speed_limits(raw, recipe.seq_len, world_size=1)
     mfu = speed * flops / peak if peak else None
     yield check_speed(recipe, speed, processes=processes, mfu=mfu, dollars=dollars_per_hour)
 
+    # ---- a few updates, and a checkpoint of them -----------------------------------------------------------
     tuned = replace(recipe, learning_rate=known_rate(n_parameters), muon_learning_rate=None)
     optimizer = make_optimizer(model, tuned)
     small = tuple(part[:4, :32].contiguous() for part in batch)

@@ -3,9 +3,10 @@
     python -m gpt2repro.tools.sweep recipes/demo.yaml --set learning_rate=1e-3,2e-3,4e-3 --seeds 3 --output runs/lr
 
 Each run is a process of train_accelerate.py with its own folder, OUTPUT/FIELD=VALUE,…,seed=N. The same command again
-skips finished runs and resumes the others. When a run fails, the other seeds of its setting are left out. Afterwards
-OUTPUT holds sweep.json and sweep.png. Other flags are fields of the recipe, the same for all runs. On a CPU several
-runs at a time (--jobs), each on its share of the cores, have more throughput than one run on all cores.
+skips finished runs and resumes the others. The seeds are the recipe's and those after it, or those of --set seed=…
+When a run fails, the other seeds of its setting are left out. Afterwards OUTPUT holds sweep.json and sweep.png. Other
+flags are fields of the recipe, the same for all runs. On a CPU several runs at a time (--jobs), each on its share of
+the cores, have more throughput than one run on all cores.
 """
 
 import itertools
@@ -138,13 +139,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="the recipe's YAML; every field of it is also a flag")
     parser.add_argument("--set", action="append", required=True, metavar="FIELD=VALUES", help="values with commas")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each setting, from the recipe's seed on")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each setting (default: %(default)s)")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of all runs")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
     arguments, fields = parser.parse_known_args(argv)
 
     def work() -> int:
         output, jobs = Path(arguments.output), arguments.jobs
+        if min(arguments.seeds, jobs) < 1:
+            raise command.UsageError(f"--seeds is {arguments.seeds} and --jobs {jobs}: give at least 1 of each")
         failed: list[Setting] = []
         plan = list(plan_runs(arguments.recipe, fields, arguments.set, seeds=arguments.seeds, output=arguments.output))
         for _, recipe in plan if jobs > 1 else []:
@@ -170,9 +173,9 @@ def main(argv: list[str] | None = None) -> int:
             finished = list(pool.map(finish, *zip(*plan, strict=True)))
         if not any(finished):
             return 1  # an earlier sweep.json stays
-        results = []
-        for setting, group in itertools.groupby(zip(plan, finished, strict=True), key=lambda pair: pair[0][0]):
-            results.append(summarise(setting, [recipe.output_dir for (_, recipe), ok in group if ok]))
+        by_setting = itertools.groupby(zip(plan, finished, strict=True), key=lambda pair: pair[0][0])
+        results = [summarise(setting, [recipe.output_dir for (_, recipe), ok in group if ok])
+                   for setting, group in by_setting]  # fmt: skip
         write_whole(output / "sweep.json", json.dumps(results, indent=1) + "\n")
         draw(results, output / "sweep.png")
         print(f"\n{table(results)}\n\n{output / 'sweep.json'}\n{output / 'sweep.png'}")
