@@ -10,7 +10,6 @@ one commit. `hub_repo_id` in a recipe uploads checkpoints while the run trains (
 """
 
 import argparse
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -51,43 +50,34 @@ def publish(
         raise ValueError(f"{dry_run} exists: give a new folder, or delete it")
     with TemporaryDirectory(prefix="publish-") as temporary:
         folder = dry_run or Path(temporary) / "repository"
-        gather(checkpoint, folder, stock=stock, place=shutil.copyfile if dry_run else link_or_copy)
+        gather(checkpoint, folder, stock=stock)
         if not dry_run:
             repo_id = writable_repo(repo_id, private=private)
         model_card(checkpoint, folder, repo_id=repo_id, **terms).save(folder / "README.md")
         return str(folder) if dry_run else upload(folder, repo_id, message=f"Upload {checkpoint.name}")
 
 
-def link_or_copy(file: Path, target: Path) -> None:
-    """A hard link costs neither time nor space; another disk, or one without links, gets a copy."""
-    try:
-        os.link(file, target)
-    except OSError:
-        shutil.copyfile(file, target)
-
-
 def gather(
-    checkpoint: Path, folder: Path, *, stock: bool = False, place: Callable[[Path, Path], object] = link_or_copy
+    checkpoint: Path, folder: Path, *, stock: bool = False, copy: Callable[[Path, Path], object] = shutil.copyfile
 ) -> None:
     """Make `folder` with the files to upload: those that a checkpoint's record names, or a conversion.
 
-    `place` puts a file there. A folder without a record is loaded and saved again: nothing else that lies in it goes
-    with it.
+    `copy` puts a file there. A folder without a record is loaded and saved again, without its other files.
 
     Raises:
         ValueError: no complete checkpoint, or a symbolic link in the place of a file.
     """
     is_of_run = (checkpoint / RECORD).is_file()
     files = [checkpoint.parent / CURVES] if is_of_run and (checkpoint.parent / CURVES).is_file() else []
+    if is_of_run and not stock:
+        files += [checkpoint / name for name in read_json(checkpoint / RECORD)["files"] if name != OPTIMIZER]
+    if links := [file for file in files if file.is_symlink()]:
+        raise ValueError(f"{links[0]} is a symbolic link: put the file itself in its place")
     if stock or not is_of_run:
         convert(checkpoint, folder, to="gpt2" if stock else kind_of(checkpoint))
-    else:
-        files += [checkpoint / name for name in read_json(checkpoint / RECORD)["files"] if name != OPTIMIZER]
-        folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for file in files:
-        if file.is_symlink():
-            raise ValueError(f"{file} is a symbolic link: put the file itself in its place")
-        place(file, folder / file.name)
+        copy(file, folder / file.name)
 
 
 def main(argv: list[str] | None = None) -> int:

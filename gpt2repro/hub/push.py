@@ -41,7 +41,7 @@ class BackgroundPush:
         """Push a checkpoint that was just saved, as soon as the running push has ended."""
         folder = self._run_dir / f".push-{checkpoint.name}"
         try:
-            gather(checkpoint, folder / "files")
+            gather(checkpoint, folder / "files", copy=link_or_copy)
             card = model_card(checkpoint, folder / "files", repo_id=self.repo_id)
             card.save(folder / "files" / "README.md")
         except Exception as error:  # must not stop the run
@@ -90,9 +90,9 @@ class BackgroundPush:
             with open(folder / "output", "w") as output:
                 streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
                 self._process = subprocess.Popen(command, **streams, env=environment, start_new_session=True)
+            self._folder, self._began = folder, time.perf_counter()
         except OSError as error:
             self._report(folder, error=str(error))
-        self._folder, self._began = folder, time.perf_counter()
 
     def _end(self, problem: str | None = None) -> None:
         assert self._process and self._folder
@@ -106,3 +106,11 @@ class BackgroundPush:
     def _report(self, folder: Path, **outcome: Any) -> None:
         self._rows.append({"checkpoint_step": int(folder.name.rpartition("-")[2]), **outcome})
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def link_or_copy(file: Path, target: Path) -> None:
+    """A hard link costs neither time nor space; another disk, or one without links, gets a copy."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)

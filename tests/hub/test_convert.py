@@ -1,5 +1,6 @@
 """Conversion between stock GPT-2 and ours, and of the checkpoints of nanoGPT and build-nanogpt."""
 
+import json
 import os
 import subprocess
 import sys
@@ -128,6 +129,23 @@ def test_a_round_trip_changes_no_byte_of_any_tensor(stock):
     settings = [{**model.config.to_diff_dict(), "dtype": None, "n_ctx": 32} for model in (back, stock)]
     assert settings[0] == settings[1]
     assert back.lm_head.weight is back.transformer.wte.weight
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["config says so", "config says tied"])
+def test_an_untied_head_is_kept_both_ways(tmp_path, tiny_dataset, said):
+    torch.manual_seed(0)
+    stock = GPT2LMHeadModel(GPT2Config(**TINY, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)).eval()
+    stock.save_pretrained(tmp_path / "stock")
+    AutoTokenizer.from_pretrained(tiny_dataset).save_pretrained(tmp_path / "stock")
+    config = json.loads((tmp_path / "stock" / "config.json").read_text())
+    (tmp_path / "stock" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": not said}))
+    assert main([str(tmp_path / "stock"), str(tmp_path / "ours"), "--to", "gpt2repro"]) == 0
+    assert main([str(tmp_path / "ours"), str(tmp_path / "back"), "--to", "gpt2"]) == 0
+    for folder in (tmp_path / "ours", tmp_path / "back"):
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+        assert not model.config.tie_word_embeddings
+        assert torch.equal(model.lm_head.weight, stock.lm_head.weight)
+        assert (model(TOKENS).logits - stock(TOKENS).logits).abs().max() < 1e-5
 
 
 def test_a_checkpoint_of_a_run_comes_back_from_stock_byte_for_byte(unbroken_run, tmp_path, capsys):
@@ -271,7 +289,7 @@ def test_a_tokenizer_that_is_missing_or_of_another_model_is_named(stock_folder, 
     assert "embeds 704 ids, the tokenizer has 512" in line
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (stock_folder / name).unlink()
-    assert "holds no tokenizer: name it with --tokenizer" in refusal(capsys, stock_folder, tmp_path / "out")
+    assert "holds no tokenizer" in refusal(capsys, stock_folder, tmp_path / "out")
     larger = AutoTokenizer.from_pretrained(tiny_dataset)
     larger.add_tokens(["<|other|>"])
     larger.save_pretrained(tmp_path / "larger")

@@ -12,7 +12,7 @@ from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.hub.gguf import main, write_gguf
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
-pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
+gguf = pytest.importorskip("gguf", reason="the extra `gguf` is not installed")
 TEXT = "Return the length of naïve “text”  — it's 1234\n\n    def f():  # <|endoftext|>x"
 
 
@@ -51,6 +51,18 @@ def test_transformers_reads_the_same_logits_and_tokens(checkpoint, gguf_file):
         AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name),
     ]
     assert tokenizers[0](TEXT)["input_ids"] == tokenizers[1](TEXT)["input_ids"]
+
+
+def test_an_untied_head_is_written_as_a_tensor_of_its_own(checkpoint, tmp_path):
+    model = GPT2ReproForCausalLM.from_pretrained(checkpoint, tie_word_embeddings=False)
+    torch.nn.init.normal_(model.lm_head.weight)
+    model.config.tie_word_embeddings = True  # the tensors count, not what the configuration says
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    write_gguf(tmp_path, tmp_path / "untied.gguf")
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "untied.gguf").tensors}
+    assert (tensors["output.weight"] == model.lm_head.weight.detach().numpy()).all()
+    assert (tensors["token_embd.weight"] == model.transformer.wte.weight.detach().numpy()).all()
 
 
 def test_llama_cpp_runs_it_with_the_same_tokens_and_probabilities(checkpoint, gguf_file):

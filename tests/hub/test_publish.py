@@ -14,12 +14,12 @@ from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 import train_accelerate
-from eval.multiple_choice import command_parser, run_task
-from eval.tasks import TASKS
+from eval.multiple_choice import main as score
 from eval.validation import main as validate
-from gpt2repro.hub.card import TASK_DATASETS
+from gpt2repro.hub import push
 from gpt2repro.hub.convert import convert
-from gpt2repro.hub.publish import BackgroundPush, main
+from gpt2repro.hub.publish import main
+from gpt2repro.hub.push import BackgroundPush
 from tests.conftest import ROOT, train_rows
 from tests.test_train import assert_same_bits
 
@@ -74,8 +74,8 @@ def test_the_cards_numbers_are_those_in_the_files(train_script, tiny_dataset, tm
     monkeypatch.chdir(run)
     flags = ["--model", "latest", "--dataset", str(tiny_dataset), "--max-tokens", "4096"]
     validate([*flags, "--output", "v.json"])
-    flags = ["--model", str(run / "latest"), "--data", str(tmp_path / "piqa.jsonl"), "--device", "cpu"]
-    run_task(command_parser("").parse_args([*flags, "--output", str(run / "latest" / "p.json")]), "piqa")
+    flags = ["--task", "piqa", "--model", str(run / "latest"), "--data", str(tmp_path / "piqa.jsonl")]
+    score([*flags, "--device", "cpu", "--output", str(run / "latest" / "p.json")])
     card = card_of(run, tmp_path)
     val, scored = json.loads((run / "v.json").read_text()), json.loads((run / "latest" / "p.json").read_text())
     assert values(card) == {
@@ -110,10 +110,6 @@ def test_a_figure_of_another_or_an_older_checkpoint_is_left_out(run, tmp_path):
     assert ("piqa", "acc") not in values(card_of(run, tmp_path))
     (run / "piqa.json").write_text(json.dumps({**figure, "model": str(run / "step-00000006")}))
     assert ("piqa", "acc") not in values(card_of(run, tmp_path))
-
-
-def test_the_hub_datasets_of_the_card_are_those_that_are_scored():
-    assert {name: task.hub for name, task in TASKS.items()} == TASK_DATASETS
 
 
 def test_a_dataset_of_the_hub_is_named_in_the_metadata(run, tmp_path):
@@ -178,10 +174,10 @@ def test_stock_replaces_what_was_published_before(run, hub, capsys):
     assert "me/model" in hub.files["me/model"]["README.md"].decode()
 
 
-def test_an_upload_that_broke_off_goes_on_with_the_same_command(run, hub, capsys):
+def test_an_upload_that_failed_is_completed_by_the_same_command(run, hub, capsys):
     command = [run / "latest", "--repo-id", "me/model"]
     hub.trouble = lambda method, path: 500 if "/commit/" in path else None
-    assert "the upload to me/model broke off (" in refusal(capsys, *command)
+    assert "the upload to me/model failed (" in refusal(capsys, *command)
     assert hub.files["me/model"] == {}  # nothing half-published
     sent = sum(method == "PUT" for method, _ in hub.requests)
     hub.trouble = lambda method, path: None
@@ -193,7 +189,7 @@ def test_an_upload_that_broke_off_goes_on_with_the_same_command(run, hub, capsys
 
 
 @pytest.mark.parametrize(("method", "kind"), [("HEAD", 500), ("PUT", 500), ("PUT", "drop")])
-def test_a_moment_of_trouble_is_outlived(run, hub, method, kind, capsys):
+def test_one_server_error_or_lost_connection_does_not_end_an_upload(run, hub, method, kind, capsys):
     troubles = [kind]
     hub.trouble = lambda asked, path: troubles.pop() if asked == method and troubles else None
     assert main([str(run / "latest"), "--repo-id", "me/model"]) == 0
@@ -233,8 +229,8 @@ def test_what_is_no_complete_checkpoint_is_not_published(run, hub, tmp_path, cap
     capsys.readouterr()
     for path, change, expected in (
         (tmp_path / "nowhere", None, "there is no folder"),
-        (tmp_path / "empty", None, "holds no config.json"),
-        (stock, stock / "tokenizer.json", "holds no tokenizer.json"),
+        (tmp_path / "empty", None, "no checkpoint loads from"),
+        (stock, stock / "tokenizer.json", "no tokenizer loads from"),
         (latest, latest / "config.json", "config.json is missing"),
         (latest, latest / "trainer_state.json", "its saving was not finished"),
     ):
@@ -245,6 +241,55 @@ def test_what_is_no_complete_checkpoint_is_not_published(run, hub, tmp_path, cap
     assert "model.safetensors has 4 bytes" in refusal(capsys, run / "step-00000006", "--repo-id", "me/model")
     (tmp_path / "full").mkdir()
     assert hub.files == {}
+
+
+def test_only_the_files_of_a_checkpoints_record_are_published(run, tmp_path, capsys):
+    latest = (run / "latest").resolve()
+    (latest / "merges.txt").write_text("a note of somebody")
+    (latest / "model-extra.safetensors").write_bytes(b"")
+    folder = tmp_path / "dry"
+    assert main([str(latest), "--repo-id", "me/model", "--dry-run", str(folder)]) == 0
+    assert {path.name for path in folder.iterdir()} == OURS
+    (latest / "tokenizer.json").rename(tmp_path / "elsewhere.json")
+    (latest / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
+    line = refusal(capsys, latest, "--repo-id", "me/model", "--dry-run", tmp_path / "linked")
+    assert "tokenizer.json is a symbolic link" in line
+
+
+def test_nothing_but_the_model_of_a_folder_without_a_record_is_published(run, tmp_path):
+    convert(run / "latest", tmp_path / "stock", to="gpt2")
+    (tmp_path / "secret").write_text("a token")
+    for name in ("merges.txt", "special_tokens_map.json", "notes.json"):
+        (tmp_path / "stock" / name).symlink_to(tmp_path / "secret")
+    assert main([str(tmp_path / "stock"), "--repo-id", "me/model", "--dry-run", str(tmp_path / "dry")]) == 0
+    assert {path.name for path in (tmp_path / "dry").iterdir()} == STOCK
+    assert not any(b"a token" in path.read_bytes() for path in (tmp_path / "dry").iterdir())
+
+
+def test_the_license_of_the_weights_is_that_of_their_source(run, tmp_path):
+    def card(checkpoint, *flags):
+        folder = tmp_path / f"dry-{len(list(tmp_path.iterdir()))}"
+        assert main([str(checkpoint), "--repo-id", "me/model", "--dry-run", str(folder), *flags]) == 0
+        return ModelCard.load(folder / "README.md").data
+
+    convert(run / "latest", tmp_path / "stock", to="gpt2")
+    assert card(tmp_path / "stock").license == "apache-2.0"
+    (tmp_path / "stock" / "README.md").write_text("---\nlicense: mit\nlanguage: de\nbase_model: a/b\n---\n")
+    convert(tmp_path / "stock", tmp_path / "ours", to="gpt2repro")
+    data = card(tmp_path / "ours")
+    assert (data.license, data.language, data.base_model) == ("mit", "de", "a/b")
+    data = card(tmp_path / "ours", "--license", "cc0-1.0", "--language", "fr")
+    assert (data.license, data.language) == ("cc0-1.0", "fr")
+    record = json.loads((run / "run.json").read_text())
+    for init_from, expected, base_model in (
+        ("openai-community/gpt2", "mit", "openai-community/gpt2"),
+        ("someone/gpt2", None, "someone/gpt2"),
+        (str(tmp_path / "ours"), "mit", "a/b"),
+        (str(tmp_path / "gone"), None, None),
+    ):
+        (run / "run.json").write_text(json.dumps({**record, "recipe": {**record["recipe"], "init_from": init_from}}))
+        data = card(run / "latest")
+        assert (data.license, data.base_model) == (expected, base_model)
 
 
 def test_a_converted_folder_is_published_without_a_run_around_it(run, hub, tmp_path):
@@ -259,10 +304,10 @@ def test_a_converted_folder_is_published_without_a_run_around_it(run, hub, tmp_p
     assert isinstance(GPT2LMHeadModel.from_pretrained(tmp_path / "back"), GPT2LMHeadModel)
 
 
-def pushed(push, count, seconds=600):
+def pushed(pushes, count, seconds=600):
     rows, deadline = [], time.monotonic() + seconds
     while len(rows) < count:
-        rows += push.finished()
+        rows += pushes.finished()
         assert time.monotonic() < deadline, rows
         time.sleep(0.05)
     return rows
@@ -277,22 +322,23 @@ def test_of_checkpoints_that_come_during_a_push_the_newest_is_next(run, hub):
             all_submitted.wait(600)
 
     hub.trouble = hold_the_weights
-    push = BackgroundPush("me/model", run_dir=run)
+    (run / ".push-step-00000003").mkdir()  # of a run that was killed
+    pushes = BackgroundPush("me/model", run_dir=run)
     shutil.copytree(run / "step-00000006", run / "step-00000007")
     for step in ("step-00000006", "step-00000007", "step-00000008"):
-        push.submit(run / step)
+        pushes.submit(run / step)
         shutil.rmtree(run / step)  # pruned while it is on its way
-    assert push.finished() == []  # nobody waited for the first
+    assert pushes.finished() == []  # nobody waited for the first
     all_submitted.set()
-    rows = pushed(push, 2)
+    rows = pushed(pushes, 2)
     assert [row["checkpoint_step"] for row in rows] == [6, 8] and all(row["url"].startswith(hub.url) for row in rows)
     assert hub.commits == ["Upload step-00000006", "Upload step-00000008"]
-    assert push.wait(5) == []
+    assert pushes.wait(stopped=False) == []
     assert not list(run.glob(".push-*"))
 
 
-@pytest.mark.parametrize(("seconds", "give_up"), [(1, lambda: False), (600, lambda: True)], ids=["time", "signal"])
-def test_a_push_that_hangs_is_ended_when_the_run_ends_or_is_stopped(run, hub, seconds, give_up):
+@pytest.mark.parametrize("end", ["time", "stopped", "signal"])
+def test_a_push_that_hangs_is_ended_when_the_run_ends_or_is_stopped(run, hub, monkeypatch, end):
     hub.files["me/model"] = {}
     hanging = threading.Event()
 
@@ -301,13 +347,15 @@ def test_a_push_that_hangs_is_ended_when_the_run_ends_or_is_stopped(run, hub, se
             hanging.set()
             return "hang"
 
+    pushes = BackgroundPush("me/model", run_dir=run)
     hub.trouble = hang
-    push = BackgroundPush("me/model", run_dir=run)
-    push.submit(run / "step-00000006")
-    push.submit(run / "step-00000008")
-    assert hanging.wait(600) and push.finished() == []
+    pushes.submit(run / "step-00000006")
+    pushes.submit(run / "step-00000008")
+    assert hanging.wait(600) and pushes.finished() == []
     began = time.monotonic()
-    rows = push.wait(seconds, give_up=give_up)
+    if end == "time":
+        monkeypatch.setattr(push, "PUSH_WAIT_SECONDS", 1)
+    rows = pushes.wait(stopped=end == "stopped", give_up=lambda: end == "signal")
     assert time.monotonic() - began < 60  # and not 600, nor as long as the Hub hangs
     assert [(row["checkpoint_step"], row["error"]) for row in rows] == [
         (6, "not finished when the run ended"), (8, "not begun when the run ended"),
@@ -316,14 +364,14 @@ def test_a_push_that_hangs_is_ended_when_the_run_ends_or_is_stopped(run, hub, se
 
 
 def test_a_push_that_cannot_even_start_is_reported_and_no_more(run, hub, monkeypatch):
-    push = BackgroundPush("me/model", run_dir=run)
+    pushes = BackgroundPush("me/model", run_dir=run)
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    push.submit(run / "step-00000006")
+    pushes.submit(run / "step-00000006")
     (run / "step-00000008" / "config.json").unlink()
-    push.submit(run / "step-00000008")
-    rows = push.finished()
+    pushes.submit(run / "step-00000008")
+    rows = pushes.finished()
     assert [row["checkpoint_step"] for row in rows] == [6, 8] and "/nowhere/python" in rows[0]["error"]
-    assert push.wait(1) == [] and not list(run.glob(".push-*"))
+    assert pushes.wait(stopped=False) == [] and not list(run.glob(".push-*"))
 
 
 def test_a_run_pushes_in_the_background_and_its_last_checkpoint_is_awaited(train_script, hub, tmp_path):
@@ -351,7 +399,7 @@ def test_a_run_whose_hub_dies_in_the_middle_ends_well_and_says_so(train_script, 
 
     hub.trouble = die_at_the_commit
     output = train_script(tmp_path / "run", env=os.environ, hub_repo_id="me/model", hub_every=3)
-    warnings = [line for line in output.splitlines() if " failed: the upload to me/model broke off (" in line]
+    warnings = [line for line in output.splitlines() if " failed: the upload to me/model failed (" in line]
     assert 1 <= len(warnings) <= 3 and "push of step 8 failed" in warnings[-1]
     assert "done: step 8" in output and "Traceback" not in output
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
