@@ -47,6 +47,7 @@ def model_card(checkpoint: Path, folder: Path, *, repo_id: str, **terms: str | N
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
+        name=data.model_name,
         repo_id=repo_id,
         parameters=_parameters(folder),
         stock=read_json(folder / "config.json")["model_type"] == "gpt2",

@@ -40,6 +40,7 @@ class BackgroundPush:
     def submit(self, checkpoint: Path) -> None:
         """Push a checkpoint that was just saved, as soon as the running push has ended."""
         folder = self._run_dir / f".push-{checkpoint.name}"
+        shutil.rmtree(folder, ignore_errors=True)  # of a killed run: its files may be links to another checkpoint's
         try:
             gather(checkpoint, folder / "files", copy=link_or_copy)
             card = model_card(checkpoint, folder / "files", repo_id=self.repo_id)

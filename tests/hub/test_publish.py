@@ -98,7 +98,7 @@ def test_the_cards_numbers_are_those_in_the_files(train_script, tiny_dataset, tm
     assert facts["commit"].startswith(record["starts"][-1]["git_commit"])
     assert facts["last training loss"] == f"{train_rows(run)[4]['loss']:.4f}"
     assert f"{record['model']['parameters']:,} parameters" in card.text
-    assert "![Loss over tokens](curves.png)" in card.text
+    assert "\n# model\n" in card.text and "![Loss over tokens](curves.png)" in card.text
     assert str(tmp_path) not in str(card) and str(tiny_dataset.parent) not in str(card) and str(ROOT) not in str(card)
 
 
@@ -259,7 +259,7 @@ def test_only_the_files_of_a_checkpoints_record_are_published(run, tmp_path, cap
 def test_nothing_but_the_model_of_a_folder_without_a_record_is_published(run, tmp_path):
     convert(run / "latest", tmp_path / "stock", to="gpt2")
     (tmp_path / "secret").write_text("a token")
-    for name in ("merges.txt", "special_tokens_map.json", "notes.json"):
+    for name in ("merges.txt", "notes.json", "optimizer.pt"):
         (tmp_path / "stock" / name).symlink_to(tmp_path / "secret")
     assert main([str(tmp_path / "stock"), "--repo-id", "me/model", "--dry-run", str(tmp_path / "dry")]) == 0
     assert {path.name for path in (tmp_path / "dry").iterdir()} == STOCK
