@@ -28,7 +28,8 @@ def load_model(
     """The causal LM at `name` (a folder or a Hub id) in evaluation mode, and its tokenizer.
 
     Raises:
-        ValueError: no checkpoint there, weights that are missing or not finite, or a tokenizer of another model.
+        ValueError: no checkpoint there, weights that are missing or not finite, a tokenizer of another model, or a
+            device that this machine lacks.
     """
     folder = Path(name)
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):  # not a Hub id
@@ -37,6 +38,11 @@ def load_model(
         )
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{name} holds no config.json: give a checkpoint folder, e.g. {name}/latest")
+    device = device or best_device()
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"the device {device} cannot be used ({str(error).splitlines()[0]}): give another") from None
     # An explicit False: without a value the library would ask the person at the terminal.
     trust = {"trust_remote_code": trust_remote_code}
     # Mismatched tensors are in the report.
@@ -53,7 +59,7 @@ def load_model(
     _check_weights(name, model, report)
     loaded_tokenizer = from_pretrained(AutoTokenizer, tokenizer or name, what="tokenizer", **trust)
     check_vocabulary(model, loaded_tokenizer)
-    return model.to(device or best_device()).eval(), loaded_tokenizer
+    return model.to(device).eval(), loaded_tokenizer
 
 
 def _check_weights(name: str, model, report: dict) -> None:

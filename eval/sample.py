@@ -33,6 +33,7 @@ def sample(
     """
     if num_samples < 1 or max_new_tokens < 1:
         raise ValueError(f"num_samples is {num_samples} and max_new_tokens {max_new_tokens}: give at least 1 of each")
+    prompt.encode()  # refuses lone surrogates, which no tokenizer reads
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] or [tokenizer.eos_token_id]
     if len(ids) + max_new_tokens > max_positions(model):
         raise ValueError(

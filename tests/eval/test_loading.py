@@ -38,6 +38,11 @@ def test_a_folder_that_is_missing_or_holds_no_checkpoint_is_named(tmp_path):
         load_model(str(tmp_path))
 
 
+def test_a_device_that_does_not_exist_is_one_error(checkpoint):
+    with pytest.raises(ValueError, match=r"the device nosuch cannot be used \(.*\): give another"):
+        load_model(str(checkpoint), device="nosuch")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

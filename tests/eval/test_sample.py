@@ -70,6 +70,11 @@ def test_a_setting_out_of_range_is_named(tiny_model, bpe, settings, message):
         sample(tiny_model, bpe, "The man", **settings)
 
 
+def test_a_prompt_that_is_no_unicode_is_one_error(tiny_model, bpe):
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        sample(tiny_model, bpe, "a\udcff")
+
+
 def test_the_command_prints_texts_and_converses(checkpoint, tiny_model, bpe, capsys):
     from eval import sample as module
 
