@@ -97,9 +97,9 @@ def test_two_processes_with_the_chunked_loss_learn_what_one_with_the_plain_loss_
     train_script, unbroken_run, tmp_path
 ):
     train_script(tmp_path / "run", processes=2, loss_impl="chunked")
-    expected, found = train_rows(unbroken_run), train_rows(tmp_path / "run")
+    expected, actual = train_rows(unbroken_run), train_rows(tmp_path / "run")
     for step, row in expected.items():
-        assert found[step]["loss"] == pytest.approx(row["loss"], abs=2e-5)
+        assert actual[step]["loss"] == pytest.approx(row["loss"], abs=2e-5)
 
 
 def test_a_profiled_run_writes_a_trace_and_names_its_costliest_kernels(train_script, tmp_path):

@@ -51,9 +51,9 @@ def loss_and_gradients(model, *, call=None, bf16: bool = False, **settings) -> d
     return {"loss": loss.detach(), **gradients}
 
 
-def worst_difference(found: dict, expected: dict) -> float:
-    """The largest ||found - expected|| / ||expected|| over the loss and all gradients."""
-    return max(((found[name] - expected[name]).norm() / expected[name].norm()).item() for name in expected)
+def worst_difference(actual: dict, expected: dict) -> float:
+    """The largest ||actual - expected|| / ||expected|| over the loss and all gradients."""
+    return max(((actual[name] - expected[name]).norm() / expected[name].norm()).item() for name in expected)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,8 @@ def test_the_chunked_loss_shifts_labels_and_divides_by_the_items_of_the_batch(mo
     inputs, _ = batch()
     for items in (7, torch.tensor(7, device=DEVICE)):
         settings = {"labels": inputs, "shift_labels": None, "num_items_in_batch": items}
-        found = loss_and_gradients(model, loss_impl="chunked", **settings)
-        assert worst_difference(found, loss_and_gradients(model, **settings)) < 1e-5
+        actual = loss_and_gradients(model, loss_impl="chunked", **settings)
+        assert worst_difference(actual, loss_and_gradients(model, **settings)) < 1e-5
 
 
 def test_in_bf16_the_chunked_loss_is_as_near_to_fp32_as_the_plain_one(model, plain):
@@ -82,9 +82,9 @@ def test_in_bf16_the_chunked_loss_is_as_near_to_fp32_as_the_plain_one(model, pla
     }
     assert errors["plain"] < 0.03
     assert errors["chunked"] < 1.2 * errors["plain"]
-    found = loss_and_gradients(model, bf16=True, loss_impl="chunked")
-    assert found["loss"].dtype == torch.float32
-    assert abs(found["loss"] - plain["loss"]) < 1e-3 * plain["loss"]
+    actual = loss_and_gradients(model, bf16=True, loss_impl="chunked")
+    assert actual["loss"].dtype == torch.float32
+    assert abs(actual["loss"] - plain["loss"]) < 1e-3 * plain["loss"]
 
 
 @pytest.mark.parametrize("form", ["plain", "chunked"])
@@ -93,10 +93,10 @@ def test_a_compiled_step_is_one_graph_and_computes_what_the_eager_one_does(model
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
-    found = loss_and_gradients(model, call=compiled, bf16=bf16, loss_impl=form)
-    assert worst_difference(found, plain) < (0.03 if bf16 else 2e-5)
+    actual = loss_and_gradients(model, call=compiled, bf16=bf16, loss_impl=form)
+    assert worst_difference(actual, plain) < (0.03 if bf16 else 2e-5)
     again = loss_and_gradients(model, call=compiled, bf16=bf16, loss_impl=form)
-    assert worst_difference(again, found) < 1e-5
+    assert worst_difference(again, actual) < 1e-5
     counted = torch._dynamo.utils.counters
     assert (counted["stats"]["unique_graphs"], sum(counted["graph_break"].values())) == (1, 0)
 
@@ -163,11 +163,11 @@ def test_without_gradients_the_chunked_loss_computes_none(model, plain):
     assert not loss.requires_grad and watch.largest == 512 * 5120
 
 
-def test_recomputed_activations_and_the_chunked_loss_go_together(model, plain):
+def test_gradient_checkpointing_works_with_the_chunked_loss(model, plain):
     recomputing = copy.deepcopy(model)
     recompute_activations(recomputing)
-    found = loss_and_gradients(recomputing, loss_impl="chunked")
-    assert worst_difference(found, plain) < 1e-5
+    actual = loss_and_gradients(recomputing, loss_impl="chunked")
+    assert worst_difference(actual, plain) < 1e-5
 
 
 def test_logits_and_loss_equal_stock_gpt2_on_this_device():
@@ -180,12 +180,12 @@ def test_logits_and_loss_equal_stock_gpt2_on_this_device():
         torch.testing.assert_close(ours(inputs).logits, stock(inputs).logits, atol=2e-5, rtol=1e-5)
         expected = stock(inputs, labels=inputs).loss
         for form in ("plain", "chunked"):
-            found = ours(inputs, labels=inputs, skip_logits=True, loss_impl=form).loss
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+            actual = ours(inputs, labels=inputs, skip_logits=True, loss_impl=form).loss
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("settings", [{"loss_impl": "liger", "skip_logits": True}, {"loss_impl": "chunked"}])
-def test_a_form_of_the_loss_that_would_do_nothing_is_refused(model, settings):
+def test_a_loss_impl_without_effect_is_refused(model, settings):
     inputs, targets = batch()
     with pytest.raises(ValueError, match=r"give 'plain', or 'chunked' together with skip_logits=True"):
         model(inputs, shift_labels=targets, **settings)
