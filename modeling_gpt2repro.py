@@ -54,7 +54,7 @@ def residual_projection(n_in: int, n_out: int) -> nn.Linear:
     A mark and not a subclass: quantizers such as bitsandbytes replace only modules whose type is exactly nn.Linear.
     """
     linear = nn.Linear(n_in, n_out)
-    linear.is_residual_projection = True
+    linear.is_residual_projection = True  # type: ignore[assignment]
     return linear
 
 
@@ -318,7 +318,8 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 **kwargs,
             )  # fmt: skip
         hidden_states = self.ln_f(hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache if use_cache else None})
+        cached = {CACHE: cache if use_cache else None}
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **cached)  # type: ignore[arg-type]
 
     def _checked_positions(self, position_ids, inputs_embeds, cache):
         """The caller's positions, or those that follow the cache: (1, T). ValueError for one past the table."""

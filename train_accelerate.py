@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
+from transformers import PreTrainedModel
 
 from gpt2repro.data.training_data import open_data
 from gpt2repro.eval.in_training import Evaluation
@@ -213,7 +214,7 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe, *, name: str) -> li
     return accelerator.trackers
 
 
-def model_facts(model: torch.nn.Module) -> dict[str, int]:
+def model_facts(model: PreTrainedModel) -> dict[str, int]:
     """What run.json keeps of the network."""
     sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
     return {"parameters": model.num_parameters(), **{name: getattr(model.config, name) for name in sizes}}

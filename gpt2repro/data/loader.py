@@ -11,7 +11,7 @@ worker processes: reading is far faster than training, and processes outlive a k
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 
@@ -53,7 +53,7 @@ class TrainLoader:
         """Stream offsets of the whole global batch of `step`, of all ranks: (sequences_per_step,) int64."""
         return self.order.starts(step * self.sequences_per_step, self.sequences_per_step)
 
-    def batches(self, first_step: int) -> Iterator[Batch]:
+    def batches(self, first_step: int) -> Generator[Batch, None, None]:
         """(input_ids, targets) from `first_step` on, without an end. Closing the generator ends its thread."""
         read = self._micro_batches(first_step)  # only the thread advances it
         with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
