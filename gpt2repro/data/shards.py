@@ -146,19 +146,24 @@ class TokenStream:
 
 @dataclass
 class Dataset:
-    """An opened dataset: its splits as streams, and what is recorded about them (`info`, as in dataset.json).
+    """An opened dataset: its shards by split, and what is recorded about them (`info`, as in dataset.json).
 
-    Of several folders `info` is the first one's, and `info["datasets"]` has those of all.
+    `streams` has the splits that are not empty. Of several folders `info` is the first one's, and `info["datasets"]`
+    has those of all.
     """
 
     path: str
-    streams: dict[str, TokenStream]
+    shards: dict[str, list[Shard]]
     tokenizer: str
     fingerprint: str
     info: dict
     tokenizer_sha256: str
     vocab_size: int
     eot_id: int
+
+    def __post_init__(self) -> None:
+        splits = ((name, self.shards[name]) for name in SPLITS)
+        self.streams = {name: TokenStream(shards) for name, shards in splits if any(s.tokens for s in shards)}
 
     def split(self, name: str) -> TokenStream:
         if name not in self.streams:
@@ -173,7 +178,7 @@ class Dataset:
         damaged = []
         if (digest := tokenizer_sha256(self.tokenizer)) != self.tokenizer_sha256:
             damaged.append(f"{self.tokenizer}: the tokenizer's sha256 is {digest}, recorded {self.tokenizer_sha256}")
-        for shard in (shard for stream in self.streams.values() for shard in stream.shards):
+        for shard in (shard for name in SPLITS for shard in self.shards[name]):
             if shard.sha256 is None:
                 raise ValueError(f"{self.path} is in a foreign format, which records no sha256 to verify")
             if (digest := file_sha256(shard.path)) != shard.sha256:
@@ -218,10 +223,10 @@ def _open_own(path: Path) -> Dataset:
         tokenizer = {key: info[key] for key in ("vocab_size", "eot_id", "tokenizer_sha256")}
         dtype = token_dtype(info["vocab_size"])
         records = {name: info["splits"][name]["shards"] for name in SPLITS}
-        streams = _streams({name: [_own_shard(path, dtype, shard) for shard in records[name]] for name in SPLITS})
+        shards = {name: [_own_shard(path, dtype, record) for record in records[name]] for name in SPLITS}
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is broken ({type(error).__name__}: {error}); copy or prepare it again") from error
-    return Dataset(str(path), streams, str(path), hashlib.sha256(content).hexdigest(), info, **tokenizer)
+    return Dataset(str(path), shards, str(path), hashlib.sha256(content).hexdigest(), info, **tokenizer)
 
 
 def _open_foreign(path: Path, layout: str, tokenizer: str | None) -> Dataset:
@@ -238,37 +243,29 @@ def _open_foreign(path: Path, layout: str, tokenizer: str | None) -> Dataset:
         split = next((name for name in SPLITS if name in file.name), None)
         if split and file.suffix == suffix:
             shards[split].append(read(file))
-    streams = _streams(shards)
-    if not streams:
+    if not any(shards.values()):
         raise ValueError(f"{path} has no {suffix} file of {layout} with 'train' or 'val' in its name; rename them")
     if tokenizer is None:
         raise ValueError(f"{path} is in {layout}'s format, which does not say its tokenizer; name it (GPT-2's: gpt2)")
     info: dict = {"format": layout, "splits": {}}
-    for name, stream in streams.items():
-        records = [{"file": shard.path.name, "tokens": shard.tokens} for shard in stream.shards]
-        info["splits"][name] = {"tokens": stream.tokens, "shards": records}
+    for name in (name for name in SPLITS if shards[name]):
+        records = [{"file": shard.path.name, "tokens": shard.tokens} for shard in shards[name]]
+        info["splits"][name] = {"tokens": sum(shard.tokens for shard in shards[name]), "shards": records}
     fingerprint = hashlib.sha256(json.dumps(info).encode()).hexdigest()
-    return Dataset(str(path), streams, tokenizer, fingerprint, info, **tokenizer_record(load_tokenizer(tokenizer)))
+    return Dataset(str(path), shards, tokenizer, fingerprint, info, **tokenizer_record(load_tokenizer(tokenizer)))
 
 
 def _join(datasets: list[Dataset]) -> Dataset:
     """Several datasets as one, in the order given."""
     first = datasets[0]
-    shards: dict[str, list[Shard]] = {name: [] for name in SPLITS}
     for dataset in datasets:
         if dataset.tokenizer_sha256 != first.tokenizer_sha256:
             raise ValueError(f"{dataset.path} was made with another tokenizer than {first.path}; prepare both alike")
-        for name, stream in dataset.streams.items():
-            shards[name] += stream.shards
     path = ", ".join(dataset.path for dataset in datasets)
+    shards = {name: [shard for dataset in datasets for shard in dataset.shards[name]] for name in SPLITS}
     fingerprint = hashlib.sha256("".join(dataset.fingerprint for dataset in datasets).encode()).hexdigest()
     info = {**first.info, "datasets": [dataset.info for dataset in datasets]}
-    return replace(first, path=path, streams=_streams(shards), fingerprint=fingerprint, info=info)
-
-
-def _streams(shards: dict[str, list[Shard]]) -> dict[str, TokenStream]:
-    """A stream for each split that has tokens."""
-    return {name: TokenStream(shards[name]) for name in SPLITS if any(shard.tokens for shard in shards[name])}
+    return replace(first, path=path, shards=shards, fingerprint=fingerprint, info=info)
 
 
 def _own_shard(folder: Path, dtype: np.dtype, record: dict) -> Shard:

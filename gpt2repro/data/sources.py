@@ -120,8 +120,8 @@ def _python_docs() -> Source:
     reference = set(topics.values())  # sets, sorted: the order in which the disk lists the library must not matter
     texts = sorted(reference) + sorted(_docstrings() - reference)
 
-    def documents(position: int = 0) -> Iterator[Document]:
-        for number, text in enumerate(texts[position or 0 :], 1 + (position or 0)):
+    def documents(position: int | None = None) -> Iterator[Document]:
+        for number, text in islice(enumerate(texts, 1), position or 0, None):
             yield Document(text.encode(), None, number)
 
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
@@ -193,7 +193,7 @@ def _text(path: Path, text_field: str, position: Any) -> Iterator[Document]:
 def _json_lines(path: Path, text_field: str, position: int | None) -> Iterator[Document]:
     """One document a line. Not through `datasets`, where one bad line fails a whole block."""
     with _open_lines(path) as lines:
-        at = lines.seek(position) if position and path.suffix == ".jsonl" else 0  # bytes before decompression
+        at = lines.seek(position) if position and path.suffix == ".jsonl" else 0  # in the decompressed text
         try:
             for line in lines:
                 at += len(line)

@@ -1,4 +1,4 @@
-"""Ids: those of `tokenizers`, however a document is cut and whichever encoder gives them."""
+"""Encoding: the token ids of `tokenizers`, for every way to cut a document and for both encoders."""
 
 import json
 import random

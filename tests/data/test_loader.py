@@ -1,4 +1,4 @@
-"""Batches: the same global batch whatever the world, the right next tokens, and a thread that never stays behind."""
+"""Batches: the same global batch for every world size, the right next tokens, and a thread that always ends."""
 
 import subprocess
 import sys
@@ -62,7 +62,7 @@ def test_targets_are_the_next_tokens(stream: TokenStream) -> None:
     assert np.array_equal(targets.numpy(), IDS[(starts[:, None] + 1 + np.arange(T)) % len(IDS)])
 
 
-def test_starting_at_a_step_equals_having_come_there(stream: TokenStream) -> None:
+def test_starting_at_a_step_gives_the_batches_of_an_uninterrupted_run(stream: TokenStream) -> None:
     from_start = list(islice(loader(stream).batches(0), 6 * 12))
     resumed = list(islice(loader(stream).batches(7), 6 * 5))
     assert all(
@@ -85,7 +85,7 @@ def test_a_batch_that_does_not_divide_is_refused(stream: TokenStream, micro_batc
         loader(stream, micro_batch_size=micro_batch_size, world_size=world_size)
 
 
-def test_an_id_past_the_vocabulary_names_itself_the_file_and_the_place(write_dataset: Callable[..., Path]) -> None:
+def test_an_id_past_the_vocabulary_is_named_with_its_file_and_position(write_dataset: Callable[..., Path]) -> None:
     ids = IDS.copy()
     ids[1234] = 1000
     stream = open_dataset(write_dataset(ids, vocab_size=1000, shard_tokens=500)).split("train")
@@ -115,7 +115,7 @@ def test_closing_the_batches_ends_their_thread(stream: TokenStream) -> None:
     assert not thread.is_alive()
 
 
-def test_an_unfinished_loader_never_holds_up_the_interpreter(dataset_folder: Path) -> None:
+def test_an_unfinished_loader_never_blocks_the_end_of_the_interpreter(dataset_folder: Path) -> None:
     program = f"""
 from gpt2repro.data.loader import TrainLoader
 from gpt2repro.data.order import WindowOrder

@@ -1,4 +1,4 @@
-"""The order of training: each window once an epoch, uniformly, from nothing but (seed, position)."""
+"""The order of training: each window once an epoch, uniformly, as a function of (seed, position) alone."""
 
 import time
 import tracemalloc

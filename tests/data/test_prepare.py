@@ -1,4 +1,4 @@
-"""Preparation: the same bytes whatever the workers and the kills, nothing lost, nothing dropped in silence."""
+"""Preparation: the same bytes for any number of workers and kills, and nothing is lost or skipped without a count."""
 
 import json
 import os
@@ -57,8 +57,8 @@ def large_options(large_corpus: Path, dataset_folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory, large_options: list[str]) -> Path:
-    out = tmp_path_factory.mktemp("unbroken") / "out"
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, large_options: list[str]) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
     assert main([*large_options, "--out", str(out)]) == 0
     return out
 
@@ -72,10 +72,10 @@ def test_every_document_is_in_one_split_whole_and_nothing_else_is(dataset_folder
 
 
 def test_shards_are_byte_identical_for_any_number_of_workers(
-    unbroken: Path, large_options: list[str], tmp_path: Path, folder_digests: Digests
+    uninterrupted: Path, large_options: list[str], tmp_path: Path, folder_digests: Digests
 ) -> None:
     assert main([*large_options, "--out", str(tmp_path / "out"), "--workers", "3"]) == 0
-    assert folder_digests(tmp_path / "out") == folder_digests(unbroken)
+    assert folder_digests(tmp_path / "out") == folder_digests(uninterrupted)
 
 
 def test_a_trained_tokenizer_is_the_same_in_every_process(corpus: Path, dataset_folder: Path, tmp_path: Path) -> None:
@@ -118,20 +118,20 @@ def kill_until_done(arguments: list[str], out: Path, *, kills: int, seed: int, l
 
 @pytest.mark.parametrize("wanted", [3, pytest.param(100, marks=pytest.mark.slow)])
 def test_kills_at_random_times_change_no_byte(
-    unbroken: Path, large_options: list[str], tmp_path: Path, folder_digests: Digests, wanted: int
+    uninterrupted: Path, large_options: list[str], tmp_path: Path, folder_digests: Digests, wanted: int
 ) -> None:
     kills = seed = 0
     while kills < wanted:  # a preparation may be over before its first kill: then another one is begun
         arguments = [*large_options, "--workers", str(1 + (seed + 1) % 3)]
         kills += kill_until_done(arguments, tmp_path / str(seed), kills=wanted - kills, seed=seed, longest=5.0)
-        assert folder_digests(tmp_path / str(seed)) == folder_digests(unbroken), seed
+        assert folder_digests(tmp_path / str(seed)) == folder_digests(uninterrupted), seed
         shutil.rmtree(tmp_path / str(seed))
         seed += 1
     print(f"{kills} kills over {seed} preparations")
 
 
 def test_a_restart_does_not_read_again_what_is_done(
-    unbroken: Path, large_corpus: Path, large_options: list[str], tmp_path: Path, folder_digests: Digests
+    uninterrupted: Path, large_corpus: Path, large_options: list[str], tmp_path: Path, folder_digests: Digests
 ) -> None:
     """Proved by spoiling the part of the input that is done: the result is the unspoiled one."""
     copy = shutil.copytree(large_corpus, tmp_path / "corpus")
@@ -149,11 +149,11 @@ def test_a_restart_does_not_read_again_what_is_done(
     with open(copy / "0.jsonl", "r+b") as first:
         first.write(b"x" * (offset if file == 0 else 2**20))
     assert main(options) == 0
-    assert folder_digests(tmp_path / "out") == folder_digests(unbroken)
+    assert folder_digests(tmp_path / "out") == folder_digests(uninterrupted)
 
 
-def test_a_full_disk_keeps_finished_shards_and_the_same_command_goes_on(
-    unbroken: Path, large_options: list[str], tmp_path: Path, folder_digests: Digests
+def test_a_full_disk_keeps_finished_shards_and_the_same_command_resumes(
+    uninterrupted: Path, large_options: list[str], tmp_path: Path, folder_digests: Digests
 ) -> None:
     """A limit on the size of files, set while it runs, stands for the disk that fills up."""
     out = tmp_path / "out"
@@ -171,11 +171,11 @@ def test_a_full_disk_keeps_finished_shards_and_the_same_command_goes_on(
     finished = {path.name: path.stat().st_mtime_ns for path in out.glob("train-*.npy")}
     assert main([*large_options, "--out", str(out)]) == 0
     assert finished["train-00000.npy"] == (out / "train-00000.npy").stat().st_mtime_ns
-    assert folder_digests(out) == folder_digests(unbroken)
+    assert folder_digests(out) == folder_digests(uninterrupted)
 
 
-def test_a_killed_worker_is_an_error_that_says_how_to_go_on(
-    unbroken: Path, large_options: list[str], tmp_path: Path, folder_digests: Digests
+def test_a_killed_worker_is_an_error_that_says_how_to_resume(
+    uninterrupted: Path, large_options: list[str], tmp_path: Path, folder_digests: Digests
 ) -> None:
     options = [*large_options, "--out", str(tmp_path / "out"), "--workers", "2"]
     process = subprocess.Popen(command(*options), cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -190,7 +190,7 @@ def test_a_killed_worker_is_an_error_that_says_how_to_go_on(
     assert process.returncode == 1
     assert "error: preparing" in printed and "fewer --workers" in printed and "Traceback" not in printed
     assert main(options) == 0
-    assert folder_digests(tmp_path / "out") == folder_digests(unbroken)
+    assert folder_digests(tmp_path / "out") == folder_digests(uninterrupted)
 
 
 def test_what_an_older_version_began_is_refused_with_what_to_do(
@@ -203,7 +203,7 @@ def test_what_an_older_version_began_is_refused_with_what_to_do(
     assert "state.json is broken, or too old" in capsys.readouterr().err
 
 
-def test_a_disk_too_small_is_refused_ahead(tmp_path: Path, dataset_folder: Path, capsys: Capture) -> None:
+def test_a_disk_too_small_is_refused_at_the_start(tmp_path: Path, dataset_folder: Path, capsys: Capture) -> None:
     sparse = tmp_path / "huge.jsonl"
     with open(sparse, "wb") as file:
         file.truncate(4 * shutil.disk_usage(tmp_path).free)
@@ -212,11 +212,13 @@ def test_a_disk_too_small_is_refused_ahead(tmp_path: Path, dataset_folder: Path,
     assert "GB free, the shards need about" in capsys.readouterr().err
 
 
-def test_a_finished_dataset_is_left_alone(unbroken: Path, large_options: list[str], folder_digests: Digests) -> None:
-    before, changed = folder_digests(unbroken), (unbroken / "dataset.json").stat().st_mtime_ns
-    assert main([*large_options, "--out", str(unbroken)]) == 0
-    assert (unbroken / "dataset.json").stat().st_mtime_ns == changed
-    assert folder_digests(unbroken) == before
+def test_a_finished_dataset_is_left_alone(
+    uninterrupted: Path, large_options: list[str], folder_digests: Digests
+) -> None:
+    before, changed = folder_digests(uninterrupted), (uninterrupted / "dataset.json").stat().st_mtime_ns
+    assert main([*large_options, "--out", str(uninterrupted)]) == 0
+    assert (uninterrupted / "dataset.json").stat().st_mtime_ns == changed
+    assert folder_digests(uninterrupted) == before
 
 
 @pytest.mark.parametrize(
@@ -235,18 +237,18 @@ def test_a_finished_dataset_is_left_alone(unbroken: Path, large_options: list[st
         (["--val-tokens", "5"], "two ways to one split"),
     ],
 )
-def test_other_settings_in_a_used_folder_and_settings_that_cannot_be_are_errors(
-    unbroken: Path, large_options: list[str], change: list[str], message: str, capsys: Capture,
+def test_other_settings_in_a_used_folder_and_impossible_settings_are_errors(
+    uninterrupted: Path, large_options: list[str], change: list[str], message: str, capsys: Capture,
     folder_digests: Digests,
 ) -> None:  # fmt: skip
-    before = folder_digests(unbroken)
-    assert main([*large_options, "--out", str(unbroken), *change]) == 1
+    before = folder_digests(uninterrupted)
+    assert main([*large_options, "--out", str(uninterrupted), *change]) == 1
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and message in printed
-    assert folder_digests(unbroken) == before
+    assert folder_digests(uninterrupted) == before
 
 
-def test_a_folder_that_holds_a_commit_of_the_hub_is_no_place_for_another_source(tmp_path: Path) -> None:
+def test_a_folder_that_holds_a_commit_of_the_hub_is_refused_for_another_source(tmp_path: Path) -> None:
     record = {"splits": {}, "source": {"name": "hub", "dataset": "owner/texts", "revision": "0" * 40}}
     (tmp_path / "dataset.json").write_text(json.dumps(record), "utf-8")
     with pytest.raises(ValueError, match="holds another preparation"):
@@ -274,10 +276,10 @@ def test_wrong_usage_exits_with_2() -> None:
 def test_a_folder_with_other_things_and_a_second_writer_are_refused(
     tmp_path: Path, large_options: list[str], capsys: Capture
 ) -> None:
-    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "other.txt").write_text("other")
     assert main([*large_options, "--out", str(tmp_path)]) == 1
     assert "is not empty and holds no dataset" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["other.txt"]
     first = subprocess.Popen(command(*large_options, "--out", tmp_path / "out"), cwd=ROOT, stderr=subprocess.DEVNULL)
     state_file = tmp_path / "out" / ".preparing" / "state.json"
     while not state_file.exists():  # it is written under the lock; the lock's own file is there before it is taken
@@ -403,8 +405,8 @@ def test_one_text_file_gives_about_its_first_tenth_to_validation(
     assert 0.05 < val / (val + train) < 0.12
 
 
-def test_the_record_holds_no_time_and_no_path_of_this_machine(unbroken: Path, dataset_folder: Path) -> None:
-    for folder in unbroken, dataset_folder:
+def test_the_record_holds_no_time_and_no_path_of_this_machine(uninterrupted: Path, dataset_folder: Path) -> None:
+    for folder in uninterrupted, dataset_folder:
         content = "".join(path.read_text("utf-8") for path in folder.glob("*.json"))
         assert str(Path.home()) + os.sep not in content and str(folder.parent) not in content and "/tmp" not in content
 

@@ -1,4 +1,4 @@
-"""Token shards: one stream out of many files, foreign formats in place, and what is refused."""
+"""Token shards: one stream from many files, foreign formats in place, and errors for damaged files."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def test_folders_of_different_tokenizers_are_refused(write_dataset: Callable[...
         open_dataset([one, two])
 
 
-def test_a_split_that_is_not_there_names_those_that_are(write_dataset: Callable[..., Path]) -> None:
+def test_a_missing_split_is_an_error_that_names_the_others(write_dataset: Callable[..., Path]) -> None:
     with pytest.raises(ValueError, match=r"no split 'val', only \['train'\].*--val-tokens"):
         open_dataset(write_dataset(IDS)).split("val")
 
@@ -171,7 +171,7 @@ def test_foreign_shards_are_read_in_place(tmp_path: Path, dataset_folder: Path, 
         ("train.txt", b"To be", {}, "neither dataset.json nor .npy or .bin"),
     ],
 )
-def test_foreign_shards_that_are_not_what_they_should_be_are_refused(
+def test_foreign_shards_with_wrong_content_are_refused(
     tmp_path: Path, dataset_folder: Path, name: str, content: bytes, options: dict, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -191,7 +191,7 @@ def test_npy_shards_of_another_shape_or_type_are_refused(tmp_path: Path, dataset
             open_dataset(tmp_path, tokenizer=str(dataset_folder))
 
 
-def test_the_tokenizer_hash_is_of_what_decides_ids_not_of_file_bytes(dataset_folder: Path, tmp_path: Path) -> None:
+def test_the_tokenizer_hash_is_of_what_decides_ids_and_not_of_file_bytes(dataset_folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(dataset_folder, tmp_path / "copy")
     content = json.loads((copy / "tokenizer.json").read_text("utf-8"))
     (copy / "tokenizer.json").write_text(json.dumps(content), "utf-8")

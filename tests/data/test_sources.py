@@ -1,4 +1,4 @@
-"""Where documents come from: every format gives the same documents, counts what is none, and goes on anywhere."""
+"""Sources: every format gives the same documents, reports unusable records, and continues after any document."""
 
 import gzip
 import json
@@ -73,7 +73,7 @@ def open_kind(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], So
     return lambda: open_source("files", files=[str(tmp_path / f"*.{kind}")])
 
 
-def test_every_kind_goes_on_after_any_document(open_kind: Callable[[], Source]) -> None:
+def test_every_kind_continues_after_any_document(open_kind: Callable[[], Source]) -> None:
     documents = list(open_kind().documents())
     everything = [text_of(document) for document in documents]
     assert everything == TEXTS[: len(everything)] and len(everything) in (30, 700)
@@ -84,7 +84,7 @@ def test_every_kind_goes_on_after_any_document(open_kind: Callable[[], Source]) 
             assert rest == everything[index + 1 :], index
 
 
-def test_records_that_are_no_text_come_with_the_reason(tmp_path: Path) -> None:
+def test_records_without_text_come_with_the_reason(tmp_path: Path) -> None:
     lines = [b'{"text": "good"}', b"", b'{"text": ""}', b'{"text": 5}', b'{"text": null}', b'{"body": "x"}', b"[1]",
              b'{"text": "cut', b'{"text": "\xff\xfe"}', b'{"text": "\\ud83d"}', b'{"text": "last"}']  # fmt: skip
     path = write_lines(tmp_path / "mixed.jsonl", lines)
@@ -145,7 +145,7 @@ def test_a_compressed_file_that_ends_early_is_an_error_with_its_name(tmp_path: P
         ({"name": "python-docs", "dataset": "x"}, "--source hub and --dataset NAME go together"),
     ],
 )
-def test_a_source_that_cannot_be_is_refused(options: dict, message: str) -> None:
+def test_an_impossible_source_is_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_source(options.pop("name"), **options)
 
@@ -159,7 +159,7 @@ def test_a_parquet_file_without_the_field_names_those_it_has(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("source", ["fineweb-edu", "openwebtext", "tinyshakespeare"])
-def test_without_a_network_a_hub_source_fails_in_seconds_and_names_the_ways_out(source: str) -> None:
+def test_without_a_network_a_hub_source_fails_in_seconds_and_names_the_alternatives(source: str) -> None:
     program = f"""
 import time
 import datasets, huggingface_hub  # how long an import takes says nothing about the network
