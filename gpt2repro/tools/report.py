@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from statistics import median
+from string import Template
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -38,6 +39,7 @@ GPT2_FINEWEB_EDU_LOSS = 3.2924
 GPT2_HELLASWAG = {"completion": 29.55, "harness": 31.14}
 GPT3_HELLASWAG = 33.7
 LINES = ("-", "--", ":", "-.")
+TEMPLATE = Path(__file__).with_name("report_template.html")
 
 
 @dataclass
@@ -193,26 +195,6 @@ def print_table(table: list[list[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><style>
-:root {{ color-scheme: light; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a202c; max-width: 60rem; margin: 2.5rem auto; }}
-h1 {{ font-size: 1.7rem; }} h2 {{ font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid #e2e8f0; }}
-img {{ width: 100%; height: auto; }}
-table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
-th, td {{ text-align: left; padding: .25rem 1.5rem .25rem 0; border-bottom: 1px solid #edf2f7; vertical-align: top; }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f7fafc; padding: .75rem 1rem; font-size: .85rem; }}
-</style></head>
-<body>
-<h1>{title}</h1>
-<table>{table}</table>
-<h2>Curves</h2><img alt="loss and benchmark curves" src="data:image/png;base64,{curves}">
-{details}
-</body></html>
-"""
-
-
 def html_page(runs: list[Run]) -> str:
     """One page without further files: a table, curves, samples and settings of the runs."""
     picture = io.BytesIO()
@@ -225,7 +207,7 @@ def html_page(runs: list[Run]) -> str:
             texts = "".join(f"<pre>{escape(text)}</pre>" for text in sample["texts"])
             details.append(f"<h2>Samples of {name} at step {sample['step']:,}</h2>{texts}")
         details.append(f"<h2>Settings of {name}</h2><pre>{escape(settings)}</pre>")
-    return PAGE.format(
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(", ".join(run.name for run in runs)), curves=base64.b64encode(picture.getvalue()).decode(),
         table="".join(f"<tr>{row}</tr>" for row in [header.replace("td>", "th>"), *rows]), details="\n".join(details),
     )  # fmt: skip
@@ -239,13 +221,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--compare", nargs="+", default=[], metavar="RUN", help="print a table of the runs")
     parser.add_argument("--schedule", metavar="RECIPE", help="draw the learning rate of this recipe instead of runs")
     arguments = parser.parse_args(argv)
-    pictures = (arguments.runs and (arguments.output or arguments.html)) or (arguments.schedule and arguments.output)
-    if not (arguments.compare or pictures):
-        parser.error("give runs with --output or --html, --compare RUN RUN, or --schedule RECIPE with --output")
+    if arguments.schedule:
+        complete = arguments.output and not (arguments.runs or arguments.html or arguments.compare)
+    else:
+        complete = arguments.compare or (arguments.runs and (arguments.output or arguments.html))
+    if not complete:
+        parser.error("give runs with --output or --html, or --compare RUN RUN, or --schedule RECIPE --output PNG")
 
     def work() -> None:
         if arguments.schedule:
             recipe = parse_recipe(["--recipe", arguments.schedule], default=arguments.schedule)
+            recipe.check()
             draw_schedule(recipe, output_file(arguments.output), title=Path(arguments.schedule).stem)
             return
         runs = [read_run(folder) for folder in dict.fromkeys([*arguments.runs, *arguments.compare])]
