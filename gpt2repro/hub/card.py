@@ -43,17 +43,10 @@ def model_card(checkpoint: Path, folder: Path, *, repo_id: str, **terms: str | N
         model_name=repo_id.split("/")[-1], library_name="transformers", pipeline_tag="text-generation",
         tags=["gpt2", "gpt2repro"], datasets=hub_datasets or None, eval_results=results or None,
         **{"language": "en"} | terms_of(checkpoint) | {name: term for name, term in terms.items() if term},
-    )  # fmt: skip
+    )
     return ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
-        name=data.model_name,
-        repo_id=repo_id,
-        parameters=_parameters(folder),
-        stock=read_json(folder / "config.json")["model_type"] == "gpt2",
-        state=state,
-        run=run,
-        results=results,
+        data, template_path=str(TEMPLATE), name=data.model_name, repo_id=repo_id, parameters=_parameters(folder),
+        stock=read_json(folder / "config.json")["model_type"] == "gpt2", state=state, run=run, results=results,
         facts=_training_facts(state, run, rows, text) if run else [],
         hyperparameters=[(name, recipe.get(name)) for name in DEFINING_FIELDS if name != "init_from"],  # may be a path
         picture=CURVES if (folder / CURVES).is_file() else None,

@@ -31,7 +31,7 @@ SHARED_FIELDS = (
     "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function", "resid_pdrop",
     "embd_pdrop", "attn_pdrop", "layer_norm_epsilon", "initializer_range", "use_cache", "bos_token_id", "eos_token_id",
     "pad_token_id", "tie_word_embeddings", "dtype",
-)  # fmt: skip
+)
 # Stock options that change the function. GPT2Repro has only what the released models use, the defaults.
 DEFAULT_IN_STOCK = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention")
 

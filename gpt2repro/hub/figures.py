@@ -59,7 +59,7 @@ def eval_results(figures: Figures, *, step: int | None, on_hub: dict[str, dict[s
                     task_type="text-generation", dataset_type=dataset["path"], dataset_name=name,
                     dataset_config=dataset.get("name"), dataset_split=dataset.get("split"), metric_type=metric,
                     metric_value=value, metric_name=what + (f" (standard error {error:.4f})" if error else ""),
-                )  # fmt: skip
+                )
 
 
 def read_json(file: Path) -> dict[str, Any]:

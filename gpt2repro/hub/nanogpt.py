@@ -50,12 +50,7 @@ def read_pt(file: Path, *, vocab_size: int | None = None) -> tuple[GPT2ReproConf
         print(f"{file} was trained with bias=False: its biases are zeros", file=sys.stderr)
     end_of_text = GPT2_TOKENS - 1 if tokens == GPT2_TOKENS else None
     config = GPT2ReproConfig(
-        **sizes,
-        n_positions=n_positions,
-        vocab_size=tokens,
-        activation_function="gelu" if is_nanogpt else "gelu_new",
-        bos_token_id=end_of_text,
-        eos_token_id=end_of_text,
-        dtype=wte.dtype,
+        **sizes, n_positions=n_positions, vocab_size=tokens, activation_function="gelu" if is_nanogpt else "gelu_new",
+        bos_token_id=end_of_text, eos_token_id=end_of_text, dtype=wte.dtype,
     )
     return config, state

@@ -25,7 +25,7 @@ def hub_is_reachable() -> bool:
         http_backoff(
             "HEAD", constants.ENDPOINT, max_retries=1, retry_on_exceptions=(),
             retry_on_status_codes=(500, 502, 503, 504), timeout=constants.HF_HUB_ETAG_TIMEOUT, follow_redirects=False,
-        )  # fmt: skip
+        )
     except Exception:  # of the HTTP library, which differs between releases, or of the offline mode
         return False
     return True
