@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from gpt2repro.processes import gathered, whole
 
-# How far a run may be from the reference: relative loss, 1 - cosine, relative norm of the gradients.
-TOLERANCES = {"no": (1e-3, 1e-3, 0.02), "bf16": (0.02, 0.03, 0.15)}
+# How far a run may be from the reference: relative loss, 1 - cosine, relative norm of the gradients. At initialisation
+# bf16 is within 1e-4, 1e-4 and 1e-3 (124M and 350M on a CPU); a trained model has smaller gradients and more noise.
+TOLERANCES = {"no": (1e-3, 1e-3, 0.02), "bf16": (0.02, 0.03, 0.1)}
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Gradients = dict[str, torch.Tensor]
