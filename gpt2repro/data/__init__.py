@@ -1,1 +1,1 @@
-"""From documents to batches: sources, prepare (token shards), shards (read and verify), order, loader, inspect."""
+"""Data, from documents to batches: sources, encoding, prepare, shards, order, loader, training_data."""
