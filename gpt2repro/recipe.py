@@ -10,6 +10,7 @@ HfArgumentParser's, because all errors of a recipe are reported together and `--
 import argparse
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -304,7 +305,7 @@ def _convert(value: str | list[str], hint: Any) -> Any:
         items = [] if value in ("", "null", "~") else value if isinstance(value, list) else [value]
         if not all(isinstance(item, str) and item for item in items):
             raise ValueError
-        return tuple(items)
+        return tuple(os.path.expanduser(item) for item in items)
     if not isinstance(value, str):
         raise TypeError
     if value in ("", "null", "~") and type(None) in options:
@@ -312,7 +313,7 @@ def _convert(value: str | list[str], hint: Any) -> Any:
     if target is str:
         if value in ("null", "~"):
             raise ValueError
-        return value
+        return os.path.expanduser(value)
     if target is bool:
         if value.lower() not in ("true", "false"):
             raise ValueError
