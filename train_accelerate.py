@@ -96,9 +96,7 @@ def train(recipe: Recipe) -> int:
     def backward(micro_batches: list, loss_impl: str) -> torch.Tensor:
         return micro_steps(accelerator, model, micro_batches, len(micro_batches), loss_impl)
 
-    checked = check_first_step(
-        accelerator, raw, backward, first_batch, loss_impl=loss_impl, compiled=compiled
-    )
+    checked = check_first_step(accelerator, raw, backward, first_batch, loss_impl=loss_impl, compiled=compiled)
     log, pushes = MetricsLog(None), None
 
     def take_folder() -> None:
@@ -129,8 +127,9 @@ def train(recipe: Recipe) -> int:
         for kind, values in evaluation(step, raw):
             log.write(step, kind, **values)
 
-    if first_step == 0:  # the loss of the initial weights; and what cannot work fails now, not in an hour
-        evaluate(0)
+    # Step 0: the loss of the initial weights, and what cannot work fails now. A step that was saved and not measured.
+    if not any(row["step"] == first_step and row["kind"] in ("val", "sample") for row in rows):
+        evaluate(first_step)
     step = saved = first_step
     for step in range(first_step + 1, recipe.max_steps + 1):
         began = time.perf_counter()
@@ -142,7 +141,7 @@ def train(recipe: Recipe) -> int:
         loss_sum = micro_steps(accelerator, model, itertools.islice(batches, accumulation), accumulation, loss_impl)
         norm = whole(accelerator.clip_grad_norm_(model.parameters(), recipe.grad_clip or math.inf))
         # The one host sync of a step: the loss over all micro-steps and processes, the norm, and whether to stop.
-        stopping = torch.full((), float(bool(stop.received)), device=device)
+        stopping = torch.full((), float(stop.wanted()), device=device)
         sums = accelerator.reduce(torch.stack([loss_sum / world_size, stopping]), "sum")
         loss, stopping_ranks, grad_norm = torch.cat([sums, norm.detach().reshape(1).to(sums)]).tolist()
         if bad := bad_steps.reason(step, loss, grad_norm):
@@ -159,7 +158,6 @@ def train(recipe: Recipe) -> int:
             step, "train", loss=loss, lr=lr, grad_norm=grad_norm, tokens=step * recipe.global_batch_tokens,
             tokens_per_second=tokens_per_second, mfu=mfu, memory_bytes=peak_memory_bytes(device),
         )  # fmt: skip
-        evaluate(step)
         if step % recipe.save_every == 0 or step == recipe.max_steps or stopping_ranks:
             began = time.perf_counter()
             newest = folder.save(
@@ -170,6 +168,7 @@ def train(recipe: Recipe) -> int:
             log.write(step, "checkpoint", seconds=time.perf_counter() - began)
             if pushes and (step == recipe.max_steps or (recipe.hub_every and step % recipe.hub_every == 0)):
                 pushes.submit(newest)
+        evaluate(step)  # after the save: an evaluation that fails loses no step
         for row in pushes.finished() if pushes else ():
             log.write(step, "push", **row)
         if stopping_ranks:
@@ -180,7 +179,7 @@ def train(recipe: Recipe) -> int:
     batches.close()
     watchdog.stop()
     stopped = saved < recipe.max_steps
-    for row in pushes.wait(stopped=stopped, give_up=lambda: stop.received > 0) if pushes else ():
+    for row in pushes.wait(stopped=stopped, give_up=stop.wanted) if pushes else ():
         log.write(step, "push", **row)
     log.close()
     log.show(summary(folder.path / "latest", step=step, stopped=stopped))

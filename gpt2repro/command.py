@@ -7,7 +7,9 @@ Exit codes: 0 done, 1 an error that was explained, 2 wrong usage, 75 stopped by 
 before anything was saved, 141 the reader of standard output is gone.
 """
 
+import contextlib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -47,12 +49,15 @@ def run(work: Callable[[], int | None], *, errors_only: bool = False) -> int:
     libraries' own warnings.
     """
     quiet_libraries(errors_only=errors_only)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a text that the terminal cannot show ends no command
     try:
         code = work() or DONE
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's own flush fails again
+        discard_output()
         return NO_READER
     except UsageError as error:
         if not int(os.environ.get("RANK", 0)):  # every process reads the same command line
@@ -64,6 +69,12 @@ def run(work: Callable[[], int | None], *, errors_only: bool = False) -> int:
     except KeyboardInterrupt:
         explain(InterruptedError("interrupted; run the same command again"))
         return INTERRUPTED
+
+
+def discard_output() -> None:
+    """Let standard output go nowhere, once nobody reads it: the interpreter's flush at the exit would fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def explain(error: BaseException) -> None:

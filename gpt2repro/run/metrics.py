@@ -3,14 +3,17 @@
 import json
 import math
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import GeneralTracker
 from tqdm import tqdm
+
+from gpt2repro.command import discard_output
 
 SECONDS_BETWEEN_LINES = 10.0  # of training steps, where standard error is no terminal
 
@@ -60,20 +63,32 @@ class MetricsLog:
             ) from error
         prefix = f"{kind}/{values['task']}" if "task" in values else kind
         numbers = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
-        for tracker in self.trackers if numbers else ():
-            tracker.log(numbers, step=step)
+        if numbers:
+            self._ask_trackers(lambda tracker: tracker.log(numbers, step=step))
         self._show(step, kind, values)
 
     def show(self, text: str) -> None:
-        """Lines on standard output, above the bar."""
+        """Lines on standard output, above the bar. A run outlives its terminal."""
         if self._file is not None:
-            tqdm.write(text)
+            try:
+                tqdm.write(text)
+                sys.stdout.flush()
+            except (OSError, ValueError):  # closed, or the disk of a log is full
+                discard_output()
 
     def close(self) -> None:
         """The end of the run: the bar and the trackers are finished."""
         self._bar.close()
-        for tracker in self.trackers:
-            tracker.finish()
+        self._ask_trackers(lambda tracker: tracker.finish())
+
+    def _ask_trackers(self, action: Callable[[GeneralTracker], Any]) -> None:
+        """Do `action` with every tracker. One that fails is left out from then on, and the run says so once."""
+        for tracker in list(self.trackers):
+            try:
+                action(tracker)
+            except Exception as error:  # of the tracker's network, disk or login
+                self.trackers = [other for other in self.trackers if other is not tracker]
+                self.show(f"tracker {tracker.name} failed ({error}): the run continues without it")
 
     def _show(self, step: int, kind: str, values: dict[str, Any]) -> None:
         if kind == "train":

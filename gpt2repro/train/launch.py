@@ -4,14 +4,18 @@ An explicit recipe value holds. `auto` takes what `accelerate launch` asks for (
 that the device has. Accelerate's own default `no` is no asking.
 """
 
+import contextlib
 import os
+import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.utils import logging as transformers_logging
 
@@ -102,10 +106,22 @@ def compile_in_place(model: Any, recipe: Recipe, accelerator: Accelerator) -> bo
     """
     if not compile_wanted(recipe, accelerator.device):
         return False
+    remove_empty_binaries()
     torch._dynamo.config.optimize_ddp = False
     for part in model.transformer.h if accelerator.is_fsdp2 else [model]:
         part.compile(fullgraph=True, dynamic=False, mode=recipe.compile_mode)
     return True
+
+
+def remove_empty_binaries() -> None:
+    """Delete compiled files without content from the compiler's cache, on which every later start would fail.
+
+    A kill during compilation leaves them. One that is a few seconds old may still be written by another process.
+    """
+    for file in Path(cache_dir()).rglob("*.so"):
+        with contextlib.suppress(OSError):  # another process deletes it too
+            if file.stat().st_size == 0 and time.time() - file.stat().st_mtime > 5:
+                file.unlink()
 
 
 def compile_wanted(recipe: Recipe, device: torch.device) -> bool:

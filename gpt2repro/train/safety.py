@@ -19,20 +19,30 @@ from gpt2repro.recipe import Recipe
 
 OUTLIER_WINDOW = 128  # steps; llm.c's OUTLIER_DETECTOR_WINDOW_SIZE
 ONE_STOP_SECONDS = 2.0
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR2", "SIGHUP", "SIGQUIT", "SIGXCPU")
 
 
 class StopSignal:
-    """Turns SIGTERM, SIGINT and SIGUSR2 into a flag that the loop reads at the end of a step; a second signal kills.
+    """Turns the signals that end a process into a flag that the loop reads at the end of a step; a second one kills.
 
-    A scheduler signals every process of a job, and the launcher, one of them, passes its own signal on to the ranks:
-    what arrives within ONE_STOP_SECONDS of the first signal is the same stop.
+    A signal that the process was told to ignore (nohup: SIGHUP) stays ignored. A scheduler signals every process of a
+    job, and the launcher, one of them, passes its own signal on to the ranks: what arrives within ONE_STOP_SECONDS of
+    the first signal is the same stop. A launcher that was killed alone is a stop as well.
     """
 
     def __init__(self) -> None:
         self.received: int = 0
         self.received_at = 0.0
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-            signal.signal(number, self._receive)
+        launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+        self._launcher = os.getppid() if launched else None
+        for name in STOP_SIGNALS:
+            number = getattr(signal, name, None)  # Windows has only some of them
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._receive)
+
+    def wanted(self) -> bool:
+        """Whether this process was told to stop, or lost its launcher."""
+        return bool(self.received) or (self._launcher is not None and os.getppid() != self._launcher)
 
     def _receive(self, number: int, frame: object) -> None:
         if not self.received:
