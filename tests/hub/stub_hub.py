@@ -106,7 +106,7 @@ class StubHub:
                 return 403, {"error": "You don't have the rights to create a model under this namespace"}, {}
             status = 409 if name in self.files else 200
             self.files.setdefault(name, {})
-            self.private.setdefault(name, asked.get("visibility") == "private")
+            self.private.setdefault(name, asked.get("visibility") == "private" or asked.get("private", False))
             return status, {"url": f"{self.url}/{name}"}, {}
         if path == "/api/validate-yaml":
             metadata = json.loads(body)["content"].split("---\n")[1]
