@@ -158,6 +158,7 @@ def train(recipe: Recipe) -> int:
             step, "train", loss=loss, lr=lr, grad_norm=grad_norm, tokens=step * recipe.global_batch_tokens,
             tokens_per_second=tokens_per_second, mfu=mfu, memory_bytes=peak_memory_bytes(device),
         )  # fmt: skip
+        newest = None
         if step % recipe.save_every == 0 or step == recipe.max_steps or stopping_ranks:
             began = time.perf_counter()
             newest = folder.save(
@@ -166,11 +167,12 @@ def train(recipe: Recipe) -> int:
             )  # fmt: skip
             saved = step
             log.write(step, "checkpoint", seconds=time.perf_counter() - began)
-            if pushes and (step == recipe.max_steps or (recipe.hub_every and step % recipe.hub_every == 0)):
-                pushes.submit(newest)
         evaluate(step)  # after the save: an evaluation that fails loses no step
-        for row in pushes.finished() if pushes else ():
-            log.write(step, "push", **row)
+        if pushes:
+            if newest and (step == recipe.max_steps or (recipe.hub_every and step % recipe.hub_every == 0)):
+                pushes.submit(newest)
+            for row in pushes.finished():
+                log.write(step, "push", **row)
         if stopping_ranks:
             break
         watchdog.step = step

@@ -192,8 +192,9 @@ def test_a_static_cache_gives_the_logits_of_a_full_pass(pair):
     cache = StaticCache(config=ours.config, max_cache_len=32)
     with torch.no_grad():
         full = ours(ids).logits
-        ours(ids[:, :8], past_key_values=cache, use_cache=True)
-        rest = ours(ids[:, 8:], past_key_values=cache, use_cache=True, position_ids=torch.arange(8, 12)[None]).logits
+        ours(ids[:, :8], use_cache=True, **{CACHE: cache})
+        positions = torch.arange(8, 12)[None]
+        rest = ours(ids[:, 8:], use_cache=True, position_ids=positions, **{CACHE: cache}).logits
     torch.testing.assert_close(rest, full[:, 8:], atol=2e-5, rtol=1e-5)
 
 

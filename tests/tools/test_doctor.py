@@ -124,7 +124,7 @@ def test_gradients_that_one_form_of_the_loss_loses_fail_the_first_step_with_its_
 
 def test_a_cache_that_the_model_does_not_read_fails_its_line(tiny_model):
     class Forgets(GPT2ReproForCausalLM):
-        def forward(self, input_ids, past_key_values=None, **kwargs):
+        def forward(self, input_ids, past_key_values=None, cache=None, **kwargs):
             return super().forward(input_ids, **kwargs)
 
     forgets = Forgets(tiny_model.config).eval()
