@@ -82,3 +82,27 @@ def test_a_run_whose_launcher_was_killed_alone_saves_and_ends(train_script, tmp_
             pytest.fail("the ranks train on without their launcher")
         time.sleep(0.1)
     assert (run_dir / "latest").resolve().name < "step-00000008"
+
+
+def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for_on_resume(train_script, unbroken_run, tmp_path):
+    run_dir, broken = tmp_path / "run", tmp_path / "broken.py"
+    broken.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        "import train_accelerate\n"
+        "from gpt2repro.eval import in_training\n"
+        "measure, calls = in_training.validation_loss, []\n"
+        "def fail_the_second_time(*arguments, **options):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 2:\n"
+        "        raise ValueError('the validation cannot be read')\n"
+        "    return measure(*arguments, **options)\n"
+        "in_training.validation_loss = fail_the_second_time\n"
+        "sys.exit(train_accelerate.main())\n"
+    )
+    output = train_script(run_dir, script=broken, save_every=4, exit_code=1)
+    assert "error: the validation cannot be read" in output
+    train_script(run_dir, save_every=4)
+    for kind in ("train", "val"):
+        found, expected = train_rows(run_dir, kind), train_rows(unbroken_run, kind)
+        assert {step: row["loss"] for step, row in found.items()} == {s: row["loss"] for s, row in expected.items()}
