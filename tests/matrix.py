@@ -181,9 +181,9 @@ def run_commands(name: str) -> dict[str, int]:
     out = MATRIX / "runs" / name
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    demo = f"train_accelerate.py --recipe recipes/demo.yaml --eval_every 15 --sample_every 30 --save_every 15 \
-        --dataset_dir {out}/python-docs --output_dir {out}/demo --max_steps"
-    commands = [f"{demo} 30", f"-m gpt2repro.tools.report {out}/demo --output {out}/curves.png"]
+    train = f"train_accelerate.py --recipe recipes/demo.yaml --dataset_dir {out}/python-docs --max_steps 30"
+    train += f" --eval_every 15 --sample_every 30 --save_every 15 --output_dir {out}"
+    commands = [f"{train}/demo", f"-m gpt2repro.tools.report {out}/demo --output {out}/curves.png"]
     if name == "bare":
         context = {"activity_label": "Code", "ctx_a": "Return the", "ctx_b": "", "ctx": "Return the"}
         endings = ["length", "value of x", "list", "class"]
@@ -191,8 +191,8 @@ def run_commands(name: str) -> dict[str, int]:
         (out / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
         model = f"--model {out}/demo/latest"
         commands = [
-            f"{demo} 30",
-            f"{demo} 35",  # goes on from step 30
+            f"{train}/demo",
+            f"{train}/resumed --resume {out}/demo/step-00000015",
             f"-m eval.validation {model} --dataset {out}/python-docs --output {out}/validation.json",
             f"-m eval.hellaswag {model} --data {out}/items.jsonl --output {out}/hellaswag.json",
             f"-m benchmarks.gpu_suite --tiny --minutes 4 --output {out}/bench",
