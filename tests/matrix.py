@@ -195,7 +195,7 @@ def run_commands(name: str) -> dict[str, int]:
             f"{train}/resumed --resume {out}/demo/step-00000015",
             f"-m eval.validation {model} --dataset {out}/python-docs --output {out}/validation.json",
             f"-m eval.hellaswag {model} --data {out}/items.jsonl --output {out}/hellaswag.json",
-            f"-m benchmarks.gpu_suite --tiny --minutes 4 --output {out}/bench",
+            f"-m benchmarks.gpu_suite --tiny --minutes 2 --output {out}/bench",
         ]
     counts = {"passed": 0, "failed": 0}
     strict = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "strict")}
