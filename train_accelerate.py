@@ -9,7 +9,10 @@ the link `latest`, which AutoModelForCausalLM loads. Exit codes: gpt2repro/comma
 """
 
 # isort: off
-from gpt2repro import command  # first, so that Ctrl-C is explained while the libraries are imported
+from gpt2repro import command
+
+if __name__ == "__main__":
+    command.explain_interrupts()  # while the libraries below are imported
 # isort: on
 
 import contextlib
@@ -63,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
     code = command.run(work)
     if code in (command.DONE, command.STOPPED_BY_SIGNAL):
-        # DDP must be gone before its process group is: freed after it, gloo's destructor can wait for ever.
+        # Free DDP before the process group. In the other order gloo's destructor can hang.
         gc.collect()
         PartialState().destroy_process_group()
     return code
@@ -86,12 +89,12 @@ def train(recipe: Recipe) -> int:
 
     # ---- resume, check, take the folder --------------------------------------------------------------------
     checkpoint = on_main_process(accelerator, lambda: folder.find_checkpoint(recipe.resume))
-    first_step = 0
+    start_step = 0
     if checkpoint:
-        first_step = folder.load(
+        start_step = folder.load(
             checkpoint, recipe, model=raw, optimizer=optimizer.optimizer, fingerprint=data.fingerprint
         )
-    first_batch = data.loader.first_batch(first_step)
+    first_batch = data.loader.first_batch(start_step)
 
     def backward(micro_batches: list, loss_impl: str) -> torch.Tensor:
         return micro_steps(accelerator, model, micro_batches, len(micro_batches), loss_impl)
@@ -103,22 +106,22 @@ def train(recipe: Recipe) -> int:
         nonlocal log, pushes
         pushes = BackgroundPush(recipe.hub_repo_id, run_dir=folder.path) if recipe.hub_repo_id else None
         folder.claim(recipe, **facts, world_size=world_size)
-        folder.resume_from(checkpoint, step=first_step)
-        log = folder.open_metrics(step=first_step, max_steps=recipe.max_steps)
+        folder.resume_from(checkpoint, step=start_step)
+        log = folder.open_metrics(step=start_step, max_steps=recipe.max_steps)
 
     on_main_process(accelerator, take_folder)
-    rows = folder.rows(up_to=first_step)
+    rows = folder.rows(up_to=start_step)
     log.trackers = start_trackers(accelerator, recipe, name=folder.path.name)
     resumed = f", resumed from {checkpoint}" if checkpoint else ""
-    log.show(f"{recipe.output_dir}: step {first_step} to {recipe.max_steps}{resumed}")
+    log.show(f"{recipe.output_dir}: step {start_step} to {recipe.max_steps}{resumed}")
     log.show(description(recipe, accelerator, raw, data, compiled=compiled, loss_impl=loss_impl))
     log.show(checked)
 
     # ---- the loop ------------------------------------------------------------------------------------------
     stop, bad_steps = StopSignal(), BadSteps(recipe, rows)
-    watchdog = Watchdog(recipe.watchdog_minutes, rank=rank, step=first_step)
+    watchdog = Watchdog(recipe.watchdog_minutes, rank=rank, step=start_step)
     flops_per_token, peak_flops = speed_limits(raw, recipe.seq_len, world_size=world_size)
-    batches, accumulation = data.loader.batches(first_step), data.loader.accumulation
+    batches, accumulation = data.loader.batches(start_step), data.loader.accumulation
     profiler = None
     if recipe.profile_steps and accelerator.is_main_process:
         profiler = step_profiler(folder.profile, steps=recipe.profile_steps, device=device, show=log.show)
@@ -127,11 +130,12 @@ def train(recipe: Recipe) -> int:
         for kind, values in evaluation(step, raw):
             log.write(step, kind, **values)
 
-    # Step 0: the loss of the initial weights, and what cannot work fails now. A step that was saved and not measured.
-    if not any(row["step"] == first_step and row["kind"] in ("val", "sample") for row in rows):
-        evaluate(first_step)
-    step = saved = first_step
-    for step in range(first_step + 1, recipe.max_steps + 1):
+    # Evaluate before the first step, so that what cannot work fails now. After a resume this is done already, unless
+    # the run was stopped between its save and its evaluation.
+    if not any(row["step"] == start_step and row["kind"] in ("val", "sample") for row in rows):
+        evaluate(start_step)
+    step = saved = start_step
+    for step in range(start_step + 1, recipe.max_steps + 1):
         began = time.perf_counter()
         lr = lr_at(step - 1, recipe)
         for group in optimizer.param_groups:
@@ -208,7 +212,7 @@ def seed_of(seed: int, step: int, rank: int) -> int:
 
 
 def start_trackers(accelerator: Accelerator, recipe: Recipe, *, name: str) -> list:
-    """The trackers of `log_with`, which get the recipe; a run is called after its folder."""
+    """The trackers of `log_with`, which get the recipe; a run has the name of its folder."""
     config = {field: v if isinstance(v, (int, float, str)) else str(v) for field, v in asdict(recipe).items()}
     named = {tracker: {"name": name} for tracker in ("wandb", "trackio")}
     accelerator.init_trackers("gpt2repro", config=config, init_kwargs=named)

@@ -199,8 +199,9 @@ def read_rows(task: str, *, data: str | Path | None = None, limit: int | None = 
 def _hub_rows(task: str) -> Iterator[Row]:
     from datasets import load_dataset  # local files need no such library
 
-    for index, fields in enumerate(load_dataset(**TASKS[task].dataset)):
-        yield Row(f"{TASKS[task].path}, row {index}", fields)
+    dataset = TASKS[task].dataset
+    for index, fields in enumerate(load_dataset(**dataset)):
+        yield Row(f"{dataset['path']}, row {index}", fields)
 
 
 def _lines(path: str | Path) -> Iterator[Row]:

@@ -14,7 +14,7 @@ from eval.accuracy import accuracy, summarise
 from eval.hellaswag import main
 from eval.multiple_choice import evaluate_tasks, prepare_task, score_task
 from eval.scoring import Sequences, score_items
-from eval.tasks import Row, read_rows, render
+from eval.tasks import TASKS, Row, read_rows, render
 
 
 def hellaswag_rows(count: int) -> list[dict]:
@@ -352,3 +352,17 @@ def test_results_replace_earlier_results(checkpoint, tmp_path):
     for _ in range(2):
         assert main([*command, "--output", str(tmp_path / "new" / "F.json")]) == 0
     assert json.loads((tmp_path / "new" / "F.json").read_text())["n"] == 1
+
+
+def test_rows_of_the_hub_name_their_dataset_and_row(monkeypatch):
+    asked = {}
+
+    def load_dataset(**arguments):
+        asked.update(arguments)
+        return [{"goal": "g", "sol1": "a", "sol2": "b", "label": 1}] * 3
+
+    monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", load_dataset)
+    rows = read_rows("piqa", limit=2)
+    assert asked == TASKS["piqa"].dataset and asked["path"] == "baber/piqa"
+    assert [row.where for row in rows] == ["baber/piqa, row 0", "baber/piqa, row 1"]
+    assert render(rows[0], "piqa").continuations == [" a", " b"]
