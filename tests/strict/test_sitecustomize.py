@@ -46,5 +46,6 @@ def test_other_warnings_pass(library):
 
 
 def test_every_process_that_a_test_starts_is_as_strict():
-    done = subprocess.run([sys.executable, "-c", "import warnings; print(warnings.warn.__name__)"], capture_output=True)
+    code = "import warnings; print(warnings.warn.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert done.stdout == b"strict_warn\n"
