@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import venv
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import pytest
 
 from tests.conftest import ROOT
 
+# Of this environment; one that lies over another has two folders of them.
+LIBRARIES = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
 # An editable install would make the checkout importable.
 FORGET_THE_CHECKOUT = """
 import sys, importlib.util
@@ -138,7 +139,7 @@ def run_installed(installed: Path, folder: Path, *command: str) -> str:
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     done = subprocess.run(
         [installed / "bin" / command[0], *command[1:]], cwd=folder, capture_output=True, text=True, timeout=600,
-        env={**env, "PYTHONPATH": sysconfig.get_path("purelib"), "OMP_NUM_THREADS": "1", "COLUMNS": "1000"},
+        env={**env, "PYTHONPATH": LIBRARIES, "OMP_NUM_THREADS": "1", "COLUMNS": "1000"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
