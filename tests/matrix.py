@@ -5,8 +5,8 @@
     python tests/matrix.py overlay-floor overlay-newest      # what .ci/run adds to `make test`; needs .venv
 
     floor            the lowest release of every dependency that pyproject.toml allows
-    pinned           constraints.txt
-    newest           what pip finds today
+    pinned           constraints.txt, with Python 3.12 (.venv is usually 3.11): every test
+    newest           what pip finds today, with Python 3.13: every test
     bare             the floor with nothing but what a GPU image has: no datasets, no evaluate, no matplotlib
     overlay-floor    .venv with the floor's transformers over it
     overlay-newest   .venv with the newest transformers over it
@@ -14,7 +14,7 @@
 Each environment is a folder of .matrix/, made when it is needed and kept while its requirements stay the same. Takes
 about 5 GB an environment, because pip's torch for Linux includes CUDA. The end is a table on standard output; `--docs`
 also writes its rows into docs/compatibility.md. Exit code 1 if a test failed or an environment could not be made.
-Needs Python 3.11 and 3.13, and nothing outside the standard library.
+Needs Python 3.11, 3.12 and 3.13, and nothing outside the standard library.
 """
 
 import argparse
@@ -35,7 +35,7 @@ DOCS = ROOT / "docs" / "compatibility.md"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 ENVIRONMENTS = {  # name: its Python
-    "floor": "3.11", "pinned": "3.11", "newest": "3.13", "bare": "3.11", "overlay-floor": None, "overlay-newest": None
+    "floor": "3.11", "pinned": "3.12", "newest": "3.13", "bare": "3.11", "overlay-floor": None, "overlay-newest": None
 }  # fmt: skip
 DEFAULT = ["floor", "pinned", "newest", "bare"]
 # What a GPU image has: enough to train, to score and to measure speed.
@@ -44,6 +44,8 @@ BARE = ["torch", "transformers", "accelerate", "safetensors", "numpy", "pyyaml",
 MODEL = ["test_model.py", "compatibility", "benchmarks/test_step.py"]
 SCORES = [f"eval/test_{name}.py" for name in ("validation", "multiple_choice", "loading", "in_the_loop")]
 TESTS = {
+    "pinned": [""],  # every test, on another Python than .venv's
+    "newest": [""],
     "bare": ["test_model.py", "benchmarks", "test_train.py", "run", *SCORES],
     "overlay-floor": [*MODEL, "test_travel.py"],
     "overlay-newest": [*MODEL, "test_travel.py"],
