@@ -18,8 +18,9 @@ import torch
 from torch.nn import functional as F
 
 from gpt2repro import command
+from gpt2repro.data.encoding import HARD_TEXT
 from gpt2repro.data.loader import Batch, validation_batches
-from gpt2repro.data.shards import open_dataset, tokenizer_sha256
+from gpt2repro.data.shards import FORMATS, Dataset, open_dataset, tokenizer_sha256
 
 from .loading import load_from, max_positions, model_parser
 from .output import check_output, write_results
@@ -94,25 +95,35 @@ def text_windows(
 
 
 def bytes_per_token(tokenizer) -> np.ndarray | None:
-    """How many bytes of text each id stands for, 0 for special tokens; None where the tokenizer is not byte-level.
+    """How many bytes of text each id stands for, 0 for special tokens; None where ids do not tell.
 
-    A byte-level BPE writes every byte of a token as one character of its vocabulary, so the length is the byte count.
+    A byte-level BPE writes every byte of a token as one character of its vocabulary; added tokens are written as they
+    are. A normalizer, a prefix space, or added tokens that strip spaces change the bytes of a text: a probe tells.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or type(backend.decoder).__name__ != "ByteLevel":
         return None
-    special = set(tokenizer.all_special_ids)
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    lengths = [0 if index in special else len(token or "") for index, token in enumerate(tokens)]
-    return np.array(lengths, dtype=np.uint16)
+    added, special = tokenizer.added_tokens_decoder, {*tokenizer.all_special_ids}
+    lengths = np.zeros(1 + max(tokenizer.get_vocab().values()), dtype=np.int64)
+    for token, index in tokenizer.get_vocab().items():
+        if index not in special:
+            lengths[index] = len(token.encode() if index in added else token)
+    probe = HARD_TEXT.join(["é", *(token.content for index, token in added.items() if index not in special), ""])
+    return lengths if lengths[text_ids(tokenizer, probe)].sum() == len(probe.encode()) else None
 
 
-def _dataset_loss(model, tokenizer, folder: str, *, seq_len: int, batch_size: int, max_tokens: int | None) -> dict:
-    """Loss, tokens and their bytes on the first windows of a prepared dataset's validation split."""
-    dataset = open_dataset(folder)
+def text_ids(tokenizer, text: str) -> list[int]:
+    """The ids of a text that is only text: one that spells a special token does not get it."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def _dataset_loss(
+    model, tokenizer, dataset: Dataset, *, seq_len: int, batch_size: int, max_tokens: int | None
+) -> dict:
+    """Loss, tokens and their bytes on the first windows of a dataset's validation split."""
     if tokenizer_sha256(tokenizer) != dataset.tokenizer_sha256:
         raise ValueError(
-            f"{folder} was prepared with another tokenizer ({dataset.vocab_size:,} tokens) than the model has "
+            f"{dataset.path} was prepared with another tokenizer ({dataset.vocab_size:,} tokens) than the model has "
             f"({len(tokenizer):,} tokens): prepare the same text again with the model's"
         )
     stream = dataset.split("val")
@@ -127,15 +138,18 @@ def _dataset_loss(model, tokenizer, folder: str, *, seq_len: int, batch_size: in
 
 
 def _text_loss(model, tokenizer, file: str, *, seq_len: int, batch_size: int, stride: int) -> dict:
-    """Loss, tokens and bytes of a text file."""
-    text = Path(file).read_text(encoding="utf-8")
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    """Loss, tokens and bytes of a text file, whose line ends stay as they are."""
+    content = Path(file).read_bytes()
+    try:
+        ids = text_ids(tokenizer, content.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error}): convert it") from None
     start_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start_id is None:
         raise ValueError("the tokenizer has neither a bos nor an eos token to start a text with: give another one")
     shape = {"seq_len": seq_len, "stride": stride, "batch_size": batch_size}
     loss, tokens = validation_loss(model, text_windows(ids, start_id=start_id, device=model.device, **shape))
-    return {"loss": loss, "tokens": tokens, "bytes": len(text.encode("utf-8")), "stride": stride}
+    return {"loss": loss, "tokens": tokens, "bytes": len(content), "stride": stride}
 
 
 def _measure(arguments: argparse.Namespace) -> None:
@@ -146,15 +160,18 @@ def _measure(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--seq-len is {seq_len}: the model takes 1 to {max_positions(model)} tokens")
     shape = {"seq_len": seq_len, "batch_size": arguments.batch_size}
     if arguments.dataset:
-        result = _dataset_loss(model, tokenizer, arguments.dataset, max_tokens=arguments.max_tokens, **shape)
+        # Foreign shards do not record their tokenizer.
+        named = arguments.tokenizer or arguments.model
+        dataset = open_dataset(arguments.dataset, format=arguments.format, tokenizer=named)
+        result = _dataset_loss(model, tokenizer, dataset, max_tokens=arguments.max_tokens, **shape)
     else:
         result = _text_loss(model, tokenizer, arguments.text, stride=arguments.stride or seq_len, **shape)
     loss, tokens, size = result["loss"], result["tokens"], result["bytes"]
     result |= {
         "perplexity": math.exp(min(loss, 700.0)),  # finite in float64
         "bits_per_byte": loss * tokens / math.log(2) / size if size else None,
-        "seq_len": seq_len, "model": arguments.model, "measured_on": arguments.dataset or arguments.text,
-        "dtype": arguments.dtype,
+        "seq_len": seq_len, "model": arguments.model, "dtype": arguments.dtype,
+        "measured_on": ", ".join(arguments.dataset or [arguments.text]),
     }
     bits = f"{result['bits_per_byte']:.4f}" if size else "not known for this tokenizer"
     print(f"loss {loss:.4f}  perplexity {result['perplexity']:.2f}  bits per byte {bits}  tokens {tokens:,}")
@@ -165,8 +182,9 @@ def _measure(arguments: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = model_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--dataset", help="folder of prepared token shards; its validation split is measured")
+    source.add_argument("--dataset", nargs="+", metavar="DIR", help="token shards; their validation split is measured")
     source.add_argument("--text", help="a text file in UTF-8")
+    parser.add_argument("--format", default="auto", choices=FORMATS, help="--dataset: nanoGPT's .bin must be named")
     parser.add_argument("--seq-len", type=int, help="tokens of a window (default: the model's longest)")
     parser.add_argument("--stride", type=int, help="--text: new tokens of a window (default: seq-len, no overlap)")
     parser.add_argument("--max-tokens", type=int, help="--dataset: count at most this many tokens (default: all)")

@@ -1,15 +1,18 @@
 """The validation loss against sums written out token by token."""
 
+import copy
 import json
 import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from eval.validation import _text_loss, bytes_per_token, text_windows, validation_loss
+from eval.validation import _text_loss, bytes_per_token, text_ids, text_windows, validation_loss
 
 
 def slow_loss(model, stream: list[int], *, seq_len: int, stride: int) -> tuple[float, int]:
@@ -90,11 +93,46 @@ def test_a_tokenizer_without_a_token_to_begin_with_is_an_error(tiny_model, bpe, 
         _text_loss(tiny_model, bare, str(tmp_path / "text.txt"), seq_len=32, batch_size=1, stride=32)
 
 
+TEXT = "The café — “well”,\r\nit's 😀 <|endoftext|> time.\n\n"
+
+
 def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(bpe):
-    text = "The café — “well”, it's 😀 time.\n\n"
-    ids = bpe(text)["input_ids"]
-    assert bytes_per_token(bpe)[ids].sum() == len(text.encode("utf-8"))
+    assert bytes_per_token(bpe)[text_ids(bpe, TEXT)].sum() == len(TEXT.encode("utf-8"))
     assert bytes_per_token(bpe)[bpe.eos_token_id] == 0
+
+
+def test_an_added_token_counts_the_bytes_of_its_text(bpe):
+    more = copy.deepcopy(bpe)
+    more.add_tokens(["café", "😀", "<user>"])
+    ids = text_ids(more, f"<user>{TEXT}")
+    assert {*more.convert_tokens_to_ids(["café", "😀", "<user>"])} <= {*ids}
+    assert bytes_per_token(more)[ids].sum() == len(f"<user>{TEXT}".encode())
+
+
+@pytest.mark.parametrize("change", ["a normalizer", "prefix space", "a token that strips spaces"])
+def test_the_bytes_are_not_known_where_the_tokenizer_changes_the_text(bpe, change):
+    other = copy.deepcopy(bpe)
+    if change == "a normalizer":
+        other.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    elif change == "prefix space":
+        other.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    else:
+        other.add_tokens([AddedToken("<user>", rstrip=True)])
+    assert bytes_per_token(other) is None
+
+
+def test_a_text_file_is_measured_as_it_is(tiny_model, bpe, tmp_path):
+    (tmp_path / "text.txt").write_bytes(TEXT.encode())
+    result = _text_loss(tiny_model, bpe, str(tmp_path / "text.txt"), seq_len=64, batch_size=1, stride=64)
+    ids = bpe.backend_tokenizer.encode(TEXT.split("<|endoftext|>")[0], add_special_tokens=False).ids
+    assert text_ids(bpe, TEXT)[: len(ids)] == ids and bpe.eos_token_id not in text_ids(bpe, TEXT)
+    assert (result["tokens"], result["bytes"]) == (len(text_ids(bpe, TEXT)), len(TEXT.encode()))
+
+
+def test_a_text_file_that_is_not_utf8_is_named(tiny_model, bpe, tmp_path):
+    (tmp_path / "text.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"text\.txt is not UTF-8 .*: convert it"):
+        _text_loss(tiny_model, bpe, str(tmp_path / "text.txt"), seq_len=64, batch_size=1, stride=64)
 
 
 @pytest.fixture
@@ -132,6 +170,23 @@ def test_a_prepared_dataset_is_measured_over_all_windows_of_its_validation_split
     text_bytes = len(bpe.decode([token for token in ids[1:] if token != bpe.eos_token_id]).encode())
     nats = result["loss"] * result["tokens"]
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=0.01)  # a cut “ at the end
+
+
+def test_nanogpts_shards_are_measured_as_the_same_tokens_prepared(prepared, checkpoint, tmp_path):
+    from eval import validation
+    from gpt2repro.data.shards import open_dataset
+
+    (tmp_path / "foreign").mkdir()
+    stream = open_dataset(prepared).split("val")
+    stream.read(0, stream.tokens).astype(np.uint16).tofile(tmp_path / "foreign" / "val.bin")
+    results = []
+    for flags in ([str(prepared)], [str(tmp_path / "foreign"), "--format", "nanogpt"]):
+        output = tmp_path / f"{len(results)}.json"
+        command = ["--model", str(checkpoint), "--output", str(output), "--device", "cpu", "--dataset"]
+        assert validation.main([*command, *flags]) == 0
+        results.append(json.loads(output.read_text()))
+    assert results[1].pop("measured_on") == str(tmp_path / "foreign")
+    assert results[1].items() <= results[0].items()
 
 
 def test_a_dataset_of_another_tokenizer_is_refused(prepared, stock_model, tmp_path, capsys):
