@@ -6,8 +6,12 @@ import numpy as np
 
 
 def choose(scores: Sequence[float], lengths: Sequence[float]) -> tuple[int, int]:
-    """The choice with the highest score, and the one with the highest score per length; the first of equals."""
-    return int(np.argmax(scores)), int(np.argmax(np.asarray(scores) / np.asarray(lengths)))
+    """The choice with the highest score, and the one with the highest score per length; the first of equals.
+
+    A choice without tokens has the score NaN and is not chosen.
+    """
+    likely = np.nan_to_num(scores, nan=-np.inf, neginf=-np.inf)
+    return int(np.argmax(likely)), int(np.argmax(likely / np.maximum(lengths, 1)))
 
 
 def accuracy(
@@ -23,10 +27,14 @@ def accuracy(
     return {**_mean("acc", right[:, 0]), **_mean("acc_norm", right[:, 1]), "n": len(right)}
 
 
+def mean_and_error(right: Sequence[bool] | np.ndarray) -> tuple[float, float | None]:
+    """A fraction and its standard error: the sample's standard deviation over sqrt(n); None for a single item."""
+    stderr = float(np.std(right, ddof=1) / len(right) ** 0.5) if len(right) > 1 else None
+    return float(np.mean(right)), stderr
+
+
 def _mean(name: str, right: np.ndarray) -> dict[str, float | None]:
-    """A fraction and its standard error: the sample's standard deviation over sqrt(n)."""
-    stderr = float(right.std(ddof=1) / len(right) ** 0.5) if len(right) > 1 else None
-    return {name: float(right.mean()), f"{name}_stderr": stderr}
+    return dict(zip((name, f"{name}_stderr"), mean_and_error(right), strict=True))
 
 
 def summarise(results: Sequence[dict]) -> dict:

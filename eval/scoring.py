@@ -1,13 +1,14 @@
 """Scores of multiple-choice items: the log-probability of every choice, in few forwards.
 
-An item is one row of the batch: the context once, then all its continuations side by side. The attention mask lets a
-continuation see the context and itself (a tree), and the positions of each continue those of the context. So the
-context is computed once instead of once per choice, and the head is applied only where a continuation is predicted.
+Choices that begin alike are one row of the batch: what they share once, then their ends side by side. The attention
+mask lets a token see its own beginning and nothing else (a tree), and every token has its position in its own choice.
+So the context of an item is computed once instead of once per choice, the few-shot examples of a task once for several
+items, and the head is applied only where a continuation is predicted.
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from .accuracy import choose
-from .loading import max_positions
 from .tasks import Item
 
 # The architectures whose trees were compared with one row per choice. Others (ALiBi, state spaces, sliding windows)
@@ -24,8 +24,9 @@ TREE_MODELS = ("gpt2", "gpt2repro")
 # Tokens of a forward, where the caller gives no batch size. Matmuls that outgrow a processor's caches ran at half
 # speed; a GPU needs large ones.
 BATCH_TOKENS = {"cpu": 384, "cuda": 16_384}
-HEAD_ROWS = 2048  # positions that go through the head at once: 2048 * 50257 * 4 bytes = 0.4 GB of logits
-FILLER = -1  # token, position and branch of padding
+HEAD_ROWS = 2048  # targets that are predicted at once: 2048 * 50257 * 4 bytes = 0.4 GB of logits
+
+Query = tuple[tuple[int, ...], tuple[int, ...]]  # an input, and the tokens that are predicted at its end
 
 
 @dataclass(frozen=True)
@@ -78,63 +79,80 @@ def _sequences(item: Item, ids: dict[str, list[int]], *, start_id: int, max_leng
     return Sequences(inputs, targets, [float(length) for length in lengths], item.label, truncated)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Tree:
-    """One row of a batch: a shared beginning and its branches, and where in it the scored tokens are predicted."""
+    """One row of a batch: inputs that begin alike, in the order of their tokens; what they share stands once."""
 
-    cells: list[tuple[int, int, int]]  # token, position, branch: 0 for the shared beginning, 1 … for the choices
-    predicted_at: list[int]  # columns of the row
-    targets: list[int]
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)  # the first column that does not continue this one; 0: there is none
+    path: list[int] = field(default_factory=list)  # the columns of the last input
+    queries: list[Query] = field(default_factory=list)
+    predicted_at: list[int] = field(default_factory=list)  # the columns of all targets
 
-
-def make_tree(inputs: list[list[int]], targets: list[list[int]]) -> Tree:
-    """The inputs as one row; tokens that all of them begin with stand in it once."""
-    shared = len(os.path.commonprefix(inputs))  # noqa: RUF071 (it takes any sequences)
-    cells = [(token, place, 0) for place, token in enumerate(inputs[0][:shared])]
-    predicted_at = []
-    for branch, (own, target) in enumerate(zip(inputs, targets, strict=True), start=1):
-        shift = len(cells) - shared  # place p of this input is column p + shift, if not shared
-        places = range(len(own) - len(target), len(own))
-        predicted_at += [place if place < shared else place + shift for place in places]
-        cells += [(token, place, branch) for place, token in enumerate(own[shared:], start=shared)]
-    return Tree(cells, predicted_at, [token for target in targets for token in target])
-
-
-def _rows(item: Sequences, *, share: bool, max_length: int) -> list[Tree]:
-    """One row for all choices of an item, or one for each where they may not share or would be too long together."""
-    if share and len((tree := make_tree(item.inputs, item.targets)).cells) <= max_length:
-        return [tree]
-    return [make_tree([own], [target]) for own, target in zip(item.inputs, item.targets, strict=True)]
+    def add(self, query: Query, *, shared: int) -> None:
+        """One more input, whose first `shared` tokens are those of the last one."""
+        tokens, targets = query
+        columns = range(len(self.tokens), len(self.tokens) + len(tokens) - shared)
+        for column in self.path[shared:]:
+            self.ends[column] = columns.start
+        self.tokens += tokens[shared:]
+        self.positions += range(shared, len(tokens))
+        self.ends += [0] * len(columns)
+        self.path = [*self.path[:shared], *columns]
+        self.queries.append(query)
+        self.predicted_at += self.path[len(tokens) - len(targets) :]
 
 
-def _tree_mask(branches: torch.Tensor) -> torch.Tensor:
-    """(B, T) branches -> (B, 1, T, T): a token sees what stands before it on the trunk and on its own branch."""
-    T = branches.shape[1]
-    on_path = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
-    return (on_path & torch.ones(T, T, dtype=torch.bool, device=branches.device).tril())[:, None]
+def make_trees(queries: Iterable[Query], *, n_embd: int, share: bool) -> list[Tree]:
+    """The queries as rows. Without `share` no row has branches: only an input that continues another one joins it.
+
+    In each layer a shared token saves 24 n_embd^2 FLOPs, and attention takes 4 n_embd for a pair of tokens, masked or
+    not. So a row is best while the square of what its inputs do not share is below 6 n_embd times what they do.
+    """
+    trees: list[Tree] = []
+    last: tuple[int, ...] = ()
+    for tokens, targets in sorted(queries):
+        shared = len(os.path.commonprefix([last, tokens]))  # noqa: RUF071 (it takes any sequences)
+        others = len(trees[-1].tokens) + len(tokens) - 2 * shared if trees else 0
+        if not shared or not (shared == len(last) or (share and others**2 <= 6 * n_embd * shared)):
+            shared = 0
+            trees.append(Tree())
+        trees[-1].add((tokens, targets), shared=shared)
+        last = tokens
+    return trees
+
+
+def _tree_mask(ends: torch.Tensor) -> torch.Tensor:
+    """(B, T) ends -> (B, 1, T, T): a token sees what stands before it and has not ended."""
+    columns = torch.arange(ends.shape[1], device=ends.device)[:, None]
+    continued = (ends[:, None, :] == 0) | (columns < ends[:, None, :])
+    return (continued & (columns.T <= columns))[:, None]
 
 
 def _token_scores(model, trees: list[Tree]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 log-probability of every target of a batch, and whether it is the likeliest token; both (targets,)."""
+    """Float32 log-probability of every target of a batch, and the likeliest token in its place; both (targets,)."""
     device = model.device
-    table = pad_sequence([torch.tensor(tree.cells) for tree in trees], batch_first=True, padding_value=FILLER)
-    input_ids, positions, branches = table.to(device, non_blocking=True).unbind(-1)  # (B, T) each
-    input_ids, T = input_ids.clamp(min=0), input_ids.shape[1]
-    columns = torch.tensor([row * T + at for row, tree in enumerate(trees) for at in tree.predicted_at])
-    targets = torch.tensor([target for tree in trees for target in tree.targets]).to(device, non_blocking=True)
-    columns = columns.to(device, non_blocking=True)
+    rows = [torch.tensor([tree.tokens, tree.positions, tree.ends]).T for tree in trees]
+    table = pad_sequence(rows, batch_first=True).to(device, non_blocking=True)
+    input_ids, positions, ends = table.unbind(-1)  # (B, T) each
+    T = input_ids.shape[1]
     arguments = {}
-    if any(tree.cells[-1][2] for tree in trees):
-        arguments = {"attention_mask": _tree_mask(branches), "position_ids": positions.clamp(min=0)}
+    if any(any(tree.ends) for tree in trees):
+        arguments = {"attention_mask": _tree_mask(ends), "position_ids": positions}
     if model.config.model_type in TREE_MODELS:
         states, head = model.base_model(input_ids, use_cache=False, **arguments)[0], model.get_output_embeddings()
     else:
         states, head = model(input_ids, use_cache=False).logits, torch.nn.Identity()
+    columns = torch.tensor([row * T + at for row, tree in enumerate(trees) for at in tree.predicted_at])
+    targets = torch.tensor([token for tree in trees for _, own in tree.queries for token in own])
     log_probs, likeliest = [], []
-    for rows, target in zip(columns.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
-        logits = head(states.flatten(0, 1)[rows]).float()  # (HEAD_ROWS, V)
-        log_probs.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1))
-        likeliest.append(logits.argmax(1) == target)
+    for own_columns, own_targets in zip(columns.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
+        # Several tokens may be predicted at one place: the letters that name the choices.
+        places, at = (part.to(device, non_blocking=True) for part in own_columns.unique(return_inverse=True))
+        logits = head(states.flatten(0, 1)[places]).float()  # (places, V)
+        log_probs.append(logits[at, own_targets.to(device, non_blocking=True)] - logits.logsumexp(1)[at])
+        likeliest.append(logits.argmax(1)[at])
     return torch.cat(log_probs), torch.cat(likeliest)
 
 
@@ -145,43 +163,59 @@ def score_items(
 ) -> list[dict]:
     """Scores and predictions of this process's share of the items.
 
-    A forward takes `batch_size` items (None: BATCH_TOKENS tokens). Items are sorted by length, so that a batch has
-    little padding, and every process takes one of `world_size`. The model runs eagerly, because shapes are ragged.
-    The caller has set `model.eval()`.
+    A forward takes `batch_size` rows (None: BATCH_TOKENS tokens). Rows are sorted by length, so that a batch has
+    little padding, and every process takes one item of `world_size`. What is asked twice is computed once: equal
+    choices have equal scores. The model runs eagerly, because shapes are ragged. The caller has set `model.eval()`.
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: give at least 1")
-    sdpa = model.config._attn_implementation == "sdpa"
-    share, limit = share_prefix and sdpa and model.config.model_type in TREE_MODELS, max_positions(model)
-    rows = [_rows(item, share=share, max_length=limit) for item in items]
-    size = [max(len(row.cells) for row in own) for own in rows]
-    own = sorted(range(len(items)), key=lambda index: (-size[index], index))[rank::world_size]
-    budget, first, parts = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"]), 0, []
-    bar = tqdm(total=len(own), unit="item", disable=None if progress and rank == 0 else True)
+    by_length = sorted(range(len(items)), key=lambda index: (-max(map(len, items[index].inputs)), index))
+    queries = {index: list(_queries(items[index])) for index in by_length[rank::world_size]}
+    share = share_prefix and model.config._attn_implementation == "sdpa" and model.config.model_type in TREE_MODELS
+    asked = {query for own in queries.values() for query in own if query[1]}
+    trees = make_trees(asked, n_embd=model.config.hidden_size, share=share)
+    trees.sort(key=lambda tree: -len(tree.tokens))
+    budget, parts = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"]), []
+    bar = tqdm(total=len(asked), unit="choice", disable=None if progress and rank == 0 else True)
+    first = 0
     with torch.compiler.set_stance("force_eager"), bar:
-        while first < len(own):
-            # The first item of a batch is its longest.
-            count = batch_size or max(1, budget // (len(rows[own[first]]) * size[own[first]]))
-            batch = own[first : first + count]
-            parts.append(_token_scores(model, [row for index in batch for row in rows[index]]))
-            first += count
-            bar.update(len(batch))
-    if not parts:
-        return []
-    # Read once, at the end: a read at every batch would let the device wait for the host.
-    log_probs, likeliest = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
-    ends = np.cumsum([len(target) for index in own for target in items[index].targets])[:-1]
-    choices = zip(np.split(log_probs.astype(np.float64), ends), np.split(likeliest, ends), strict=True)
-    return [_result(index, items[index], [next(choices) for _ in items[index].targets]) for index in own]
+        while first < len(trees):
+            batch = trees[first : first + (batch_size or max(1, budget // len(trees[first].tokens)))]
+            parts.append(_token_scores(model, batch))
+            first += len(batch)
+            bar.update(sum(len(tree.queries) for tree in batch))
+    answers: dict[Query, tuple[np.ndarray, np.ndarray]] = {}
+    if parts:
+        # Read once, at the end: a read at every batch would let the device wait for the host.
+        log_probs, likeliest = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+        answered = [query for tree in trees for query in tree.queries]
+        ends = np.cumsum([len(targets) for _, targets in answered])[:-1]
+        split = (np.split(log_probs.astype(np.float64), ends), np.split(likeliest, ends))
+        answers = dict(zip(answered, zip(*split, strict=True), strict=True))
+    nothing = (np.array([np.nan]), np.array([], dtype=np.int64))
+    return [
+        _result(index, items[index], [answers.get(query, nothing) for query in own]) for index, own in queries.items()
+    ]
+
+
+def _queries(item: Sequences) -> Iterator[Query]:
+    for own, targets in zip(item.inputs, item.targets, strict=True):
+        yield tuple(own), tuple(targets)
 
 
 def _result(index: int, item: Sequences, choices: list[tuple[np.ndarray, np.ndarray]]) -> dict:
-    """An item's row of the results; a choice is its tokens' log-probabilities, and whether each is the likeliest."""
+    """An item's row of the results; a choice is its tokens' log-probabilities, and the likeliest token at each place.
+
+    A choice without tokens has the score NaN. A single choice, such as the last word of a text, is right if every
+    token of it is the likeliest one; its row has the likeliest `tokens`.
+    """
     scores = [float(log_probs.sum()) for log_probs, _ in choices]
     prediction, prediction_norm = choose(scores, item.lengths)
-    if len(choices) == 1:  # the last word of a text: right if every token of it is the likeliest, else no choice
-        prediction = prediction_norm = 0 if choices[0][1].all() else -1
+    tokens = {}
+    if len(choices) == 1:
+        tokens = {"tokens": choices[0][1].tolist()}
+        prediction = prediction_norm = 0 if tokens["tokens"] == list(item.targets[0]) != [] else -1
     return {
         "index": index, "scores": scores, "lengths": item.lengths, "prediction": prediction,
-        "prediction_norm": prediction_norm, "label": item.label, "truncated": item.truncated,
+        "prediction_norm": prediction_norm, "label": item.label, "truncated": item.truncated, **tokens,
     }
