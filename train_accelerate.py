@@ -43,7 +43,7 @@ from gpt2repro.run.metrics import MetricsLog
 from gpt2repro.train.estimates import memory_report, peak_memory_bytes, speed_limits
 from gpt2repro.train.first_step import check_first_step
 from gpt2repro.train.launch import compile_in_place, loss_form, start_accelerator
-from gpt2repro.train.optimizer import make_optimizer
+from gpt2repro.train.optimizer import averaged_weights, make_optimizer
 from gpt2repro.train.profile import step_profiler
 from gpt2repro.train.safety import BadSteps, StopSignal, Watchdog, explanation
 from gpt2repro.train.schedule import lr_at
@@ -127,7 +127,7 @@ def train(recipe: Recipe) -> int:
         profiler = step_profiler(folder.profile, steps=recipe.profile_steps, device=device, show=log.show)
 
     def evaluate(step: int) -> None:
-        for kind, values in evaluation(step, raw):
+        for kind, values in evaluation(step, raw, averaged_weights(optimizer.optimizer)):
             log.write(step, kind, **values)
 
     # Evaluate before the first step, so that what cannot work fails now. After a resume this is done already, unless

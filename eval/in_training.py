@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from accelerate import Accelerator
@@ -19,32 +20,36 @@ Row = tuple[str, dict[str, Any]]  # the kind of a row of metrics.jsonl, and its 
 
 
 class Evaluation:
-    """Calling it with a step and the model gives the rows that are due at that step; every process does its share."""
+    """Calling it with a step and the model gives the rows that are due at that step; every process does its share.
+
+    `averaged` is a context in which the model has its averaged weights (`ema_decay`); their loss is of kind val_ema.
+    """
 
     def __init__(self, recipe: Recipe, data: TrainingData, accelerator: Accelerator, *, loss_impl: str) -> None:
         self.recipe, self.data, self.accelerator, self.loss_impl = recipe, data, accelerator, loss_impl
         longest = recipe.shape()["n_positions"]
         self.tasks = [prepare_task(task, data.tokenizer, max_length=longest) for task in recipe.eval_tasks]
 
-    def __call__(self, step: int, model: Any) -> Iterator[Row]:
+    def __call__(self, step: int, model: Any, averaged: AbstractContextManager) -> Iterator[Row]:
         recipe = self.recipe
         for every, rows in ((recipe.eval_every, self._validation), (recipe.sample_every, self._samples)):
             if every and (step % every == 0 or step == recipe.max_steps):
                 model.eval()
                 yield from rows(step, model)
+                if rows == self._validation and recipe.ema_decay and step:
+                    with averaged:
+                        values = self._loss(step, model)
+                    yield "val_ema", values
                 model.train()
 
     def _validation(self, step: int, model: Any) -> Iterator[Row]:
         """The loss on the validation windows, and the benchmarks of `eval_tasks`."""
         accelerator, tokens = self.accelerator, step * self.recipe.global_batch_tokens
-        several = accelerator.num_processes > 1
-        add = (lambda tensor: accelerator.reduce(tensor, "sum")) if several else None
-        loss, counted = validation_loss(model, self.data.validation(), reduce=add, loss_impl=self.loss_impl)
-        perplexity = math.exp(min(loss, 700.0))
-        yield "val", {"loss": loss, "perplexity": perplexity, "eval_tokens": counted, "tokens": tokens}
+        values = self._loss(step, model)
+        yield "val", values
         comparable = has_expected_loss(self.data.dataset.info, model.config, init_from=self.recipe.init_from)
-        if comparable and (warning := loss_warning(tokens, loss)):
-            yield "warning", {"text": warning, "loss": loss, "tokens": tokens}
+        if comparable and (warning := loss_warning(tokens, values["loss"])):
+            yield "warning", {"text": warning, "loss": values["loss"], "tokens": tokens}
         if self.tasks and step:
             share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
             # A sharded model runs on all processes or on none: there every process scores every item.
@@ -52,6 +57,14 @@ class Evaluation:
             with accelerator.autocast():
                 for row in evaluate_tasks(model, self.tasks, **share):
                     yield "eval", {"tokens": tokens, **row}
+
+    def _loss(self, step: int, model: Any) -> dict[str, Any]:
+        """The loss on the validation windows, over all processes."""
+        several = self.accelerator.num_processes > 1
+        add = (lambda tensor: self.accelerator.reduce(tensor, "sum")) if several else None
+        loss, counted = validation_loss(model, self.data.validation(), reduce=add, loss_impl=self.loss_impl)
+        tokens = step * self.recipe.global_batch_tokens
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "eval_tokens": counted, "tokens": tokens}
 
     def _samples(self, step: int, model: Any) -> Iterator[Row]:
         """Continuations of the same prompt every time; on every process, because a sharded model needs all of them."""

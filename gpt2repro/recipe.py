@@ -26,14 +26,20 @@ from gpt2repro.command import UsageError
 # A run is the same run as long as these hold; anything else (micro-batch, precision, cadence) may change on resume.
 DEFINING_FIELDS = (
     "model", "n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "dropout", "init_from", "seq_len",
-    "global_batch_tokens", "max_steps", "optimizer", "learning_rate", "muon_learning_rate", "min_lr_ratio",
-    "warmup_steps", "schedule", "decay_ratio", "weight_decay", "beta1", "beta2", "grad_clip", "seed", "shuffle",
+    "global_batch_tokens", "max_steps", "optimizer", "learning_rate", "muon_learning_rate", "embedding_lr_ratio",
+    "vector_lr_ratio", "min_lr_ratio", "warmup_steps", "schedule", "decay_ratio", "weight_decay", "muon_weight_decay",
+    "cautious_weight_decay", "beta1", "beta2", "muon_momentum", "muon_split_qkv", "normuon", "ema_decay", "grad_clip",
+    "seed", "shuffle",
+)  # fmt: skip
+# What needs `optimizer: muon`.
+MUON_FIELDS = (
+    "muon_learning_rate", "muon_weight_decay", "cautious_weight_decay", "muon_momentum", "muon_split_qkv", "normuon",
 )  # fmt: skip
 TRACKERS = ("tensorboard", "wandb", "trackio")
 CHOICES = {
     "dataset_format": ("auto", "gpt2repro", "build-nanogpt", "llm.c", "nanogpt"),
     "optimizer": ("adamw", "muon"),
-    "schedule": ("cosine", "constant", "wsd_linear", "wsd_sqrt"),
+    "schedule": ("cosine", "constant", "wsd_linear", "wsd_sqrt", "wsd_concave"),
     "on_bad_step": ("skip", "stop"),
     "mixed_precision": ("auto", "no", "bf16"),
     "compile": ("auto", "true", "false"),
@@ -77,13 +83,21 @@ class Recipe:
     optimizer: str = _option("adamw", "muon is Muon for the matrices of the blocks and AdamW for the rest")
     learning_rate: float = _option(6e-4, "peak learning rate", least=0)
     muon_learning_rate: float | None = _option(None, "peak rate of Muon's matrices, instead of learning_rate")
+    embedding_lr_ratio: float = _option(1.0, "rate of both embeddings as a multiple of learning_rate", least=0)
+    vector_lr_ratio: float = _option(1.0, "rate of biases and LayerNorms as a multiple of learning_rate", least=0)
     min_lr_ratio: float = _option(0.1, "lowest rate of the schedule, as a share of the peak")
     warmup_steps: int = _option(715, "steps of linear warm-up", least=0)
     schedule: str = _option("cosine", "what follows the warm-up")
-    decay_ratio: float = _option(0.2, "share of max_steps that the decay of wsd_linear and wsd_sqrt takes, at the end")
+    decay_ratio: float = _option(0.2, "share of max_steps that the decay of a wsd_… schedule takes, at the end")
     weight_decay: float = _option(0.1, "decay of tensors with two or more dimensions", least=0)
+    muon_weight_decay: float | None = _option(None, "decay of Muon's matrices, instead of weight_decay", least=0)
+    cautious_weight_decay: bool = _option(False, "decay only those weights of Muon's that the update makes smaller")
     beta1: float = _option(0.9, "AdamW beta1")
     beta2: float = _option(0.95, "AdamW beta2")
+    muon_momentum: float = _option(0.95, "Muon's momentum")
+    muon_split_qkv: bool = _option(False, "orthogonalise the updates of query, key and value each by itself")
+    normuon: bool = _option(False, "give the rows of Muon's updates the same running size (NorMuon)")
+    ema_decay: float = _option(0.0, "decay of the moving average of the weights, evaluated and saved too; 0: none")
     grad_clip: float = _option(1.0, "largest gradient norm; 0 turns clipping off", least=0)
     on_bad_step: str = _option("skip", "what a loss or gradient norm that is not finite, or a zero norm, does")
     outlier_z: float = _option(0.0, "standard deviations above the last 128 steps that are bad; 0: none", least=0)
@@ -141,7 +155,7 @@ class Recipe:
         for name in self.log_with:
             if name not in TRACKERS:
                 yield f"log_with is {name!r}: give one of {', '.join(TRACKERS)}"
-        for name in ("beta1", "beta2", "dropout"):
+        for name in ("beta1", "beta2", "muon_momentum", "ema_decay", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"{name} is {getattr(self, name)}: give a number from 0 to below 1"
         if not 0 <= self.min_lr_ratio <= 1:
@@ -156,10 +170,9 @@ class Recipe:
         if self.schedule.startswith("wsd") and warmup > (1 - self.decay_ratio) * steps:
             decay = f"a decay over decay_ratio={self.decay_ratio} of max_steps={steps}"
             yield f"warmup_steps={warmup} and {decay} overlap: lower one of them"
-        rate, optimizer = self.muon_learning_rate, self.optimizer
-        if rate is not None and (optimizer != "muon" or not rate > 0):
-            advice = "give a number above 0 with optimizer: muon, or leave it out"
-            yield f"muon_learning_rate is {rate} with optimizer {optimizer}: {advice}"
+        for name in MUON_FIELDS:
+            if self.optimizer != "muon" and (value := getattr(self, name)) != getattr(Recipe, name):
+                yield f"{name} is {value} with optimizer {self.optimizer}: give optimizer: muon, or leave it out"
         if self.optimizer == "muon" and not self.learning_rate > 0:
             yield f"learning_rate is {self.learning_rate}: muon's is a multiple of it, give a number above 0"
         if warmup >= steps > 0:

@@ -1,7 +1,8 @@
 """Checkpoints: a folder that is at once a Transformers checkpoint and a resumable state; written whole or not at all.
 
     runs/NAME/step-00005000/   config.json, generation_config.json, model.safetensors, tokenizer, our two files,
-                               optimizer.safetensors (by parameter name), trainer_state.json (the completion record)
+                               optimizer.safetensors (by parameter name), trainer_state.json (the completion record);
+                               with `ema_decay` model.ema.safetensors, which from_pretrained(…, variant="ema") loads
     runs/NAME/latest           a link to the newest
 
 A checkpoint is written to a hidden folder, synced to the disk and renamed; older ones are deleted only after that. So
@@ -37,7 +38,7 @@ from gpt2repro.files import file_sha256, sync
 from gpt2repro.processes import on_main_process, unsharded
 
 RECORD = "trainer_state.json"
-OPTIMIZER = "optimizer.safetensors"
+OPTIMIZER, AVERAGE = "optimizer.safetensors", "model.ema.safetensors"
 FORMAT_VERSION = 1
 
 
@@ -75,7 +76,11 @@ def save_checkpoint(
         aside.mkdir()  # the run's folder is there, or was taken away: then nothing may begin another in its place
         unsharded(model).save_pretrained(aside, state_dict=weights, max_shard_size="1TB")  # one file, however large
         tokenizer.save_pretrained(aside)
-        save_file(tensors, aside / OPTIMIZER)
+        average = {name: tensor for name, tensor in tensors.items() if name.endswith(".ema")}
+        save_file({name: tensor for name, tensor in tensors.items() if name not in average}, aside / OPTIMIZER)
+        if average:
+            names = (name.removeprefix("state.").removesuffix(".ema") for name in average)
+            save_file(dict(zip(names, average.values(), strict=True)), aside / AVERAGE, metadata={"format": "pt"})
         _complete(aside, {"format": FORMAT_VERSION, "step": step, **state})
         os.replace(aside, final)
         _point_latest_at(final)
@@ -170,6 +175,8 @@ def load_checkpoint(path: Path, *, model: PreTrainedModel, optimizer: torch.opti
     flat = StateDictOptions(flatten_optimizer_state_dict=True)
     current: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=flat)
     tensors = load_file(path / OPTIMIZER)
+    if (path / AVERAGE).exists():
+        tensors |= {f"state.{name}.ema": tensor for name, tensor in load_file(path / AVERAGE).items()}
     if tensors.keys() != {name for name in current if name.startswith("state.")}:
         raise ValueError(
             f"{path / OPTIMIZER} is not of this optimizer: it holds {len(tensors)} tensors of other names"

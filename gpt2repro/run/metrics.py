@@ -108,9 +108,10 @@ class MetricsLog:
 def row_text(kind: str, values: dict[str, Any]) -> list[str]:
     """A row of metrics.jsonl as lines for a person."""
     match kind:
-        case "val":
+        case "val" | "val_ema":
             loss = math.nan if values["loss"] is None else values["loss"]
-            return [f"validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700.0)):,.1f}"]
+            of = " of the averaged weights" if kind == "val_ema" else ""
+            return [f"validation loss{of} {loss:.4f}, perplexity {math.exp(min(loss, 700.0)):,.1f}"]
         case "eval":
             figures = {name: value for name, value in values.items() if name != "dataset"}
             return [", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())]

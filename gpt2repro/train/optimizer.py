@@ -1,5 +1,7 @@
 """Parameter groups and the optimizer: AdamW as the GPT-3 paper has it (appendix B), or Muon beside it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -8,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gpt2repro.recipe import Recipe
+from gpt2repro.train.muon import Muon
 
 
 def make_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
@@ -16,40 +19,48 @@ def make_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimi
     adamw: tensors of two dimensions and more decay, biases and LayerNorms do not; eps is 1e-8. The fused kernel is
     used where PyTorch has one for the device (CPU and CUDA among them).
 
-    muon: PyTorch's Muon for the matrices of the blocks, AdamW as above for all else: both embeddings (and with them
-    the tied head) and the vectors. `match_rms_adamw` scales an update of A x B by 0.2 * sqrt(max(A, B)), so that the
-    learning rate and the decay tuned for AdamW serve both (Liu et al. 2025, "Muon is Scalable for LLM Training",
-    section 2.2). Query, key and value are orthogonalised together, as the one matrix that they are in GPT-2.
+    muon: Muon for the matrices of the blocks, AdamW as above for all else: both embeddings (and with them the tied
+    head) and the vectors. Its update has the size of AdamW's, so the learning rate and the decay tuned for AdamW
+    serve both; `muon_learning_rate` and `muon_weight_decay` set other values.
 
     Every group carries `lr_ratio`, its learning rate as a multiple of `lr_at`'s.
     """
+    linear = {module.weight: name for name, module in hidden_linears(model)}
     parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = hidden_matrices(model) if recipe.optimizer == "muon" else []
-    taken = set(map(id, matrices))
-    rest = [p for p in parameters if id(p) not in taken]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": recipe.weight_decay, "lr_ratio": 1.0},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "lr_ratio": 1.0},
-    ]
-    fused = all(p.device.type in ("cpu", "cuda", "xpu", "mps") for p in parameters)
-    adamw = torch.optim.AdamW(
-        groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), eps=1e-8, fused=fused
-    )
-    if not matrices:
-        return adamw
-    ratio = 1.0 if recipe.muon_learning_rate is None else recipe.muon_learning_rate / recipe.learning_rate
-    muon = torch.optim.Muon(
-        [{"params": matrices, "lr_ratio": ratio}],
-        lr=recipe.learning_rate * ratio, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw",
-    )  # fmt: skip
-    return SideBySide(muon, adamw)
+    matrices = [p for p in parameters if p in linear]
+    rest = [p for p in parameters if p not in linear]
+    embeddings = {"params": [p for p in rest if p.dim() >= 2], "lr_ratio": recipe.embedding_lr_ratio}
+    vectors = {"params": [p for p in rest if p.dim() < 2], "lr_ratio": recipe.vector_lr_ratio, "weight_decay": 0.0}
+    groups: list[dict[str, Any]] = [embeddings, vectors]
+    parts: list[torch.optim.Optimizer] = []
+    if recipe.optimizer == "muon":
+        ratio = 1.0 if recipe.muon_learning_rate is None else recipe.muon_learning_rate / recipe.learning_rate
+        decay = recipe.weight_decay if recipe.muon_weight_decay is None else recipe.muon_weight_decay
+        joint = [p for p in matrices if recipe.muon_split_qkv and linear[p].endswith("c_attn")]
+        single = [p for p in matrices if p not in set(joint)]
+        muon_groups = [{"params": joint, "parts": 3}, {"params": single, "parts": 1}]
+        parts.append(Muon(
+            [group | {"lr_ratio": ratio} for group in muon_groups if group["params"]], lr=recipe.learning_rate * ratio,
+            weight_decay=decay, momentum=recipe.muon_momentum, normalise=recipe.normuon,
+            cautious=recipe.cautious_weight_decay,
+        ))  # fmt: skip
+    else:
+        groups.insert(0, {"params": matrices, "lr_ratio": 1.0})
+    parts.append(torch.optim.AdamW(
+        groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), eps=1e-8,
+        weight_decay=recipe.weight_decay, fused=all(p.device.type in FUSED_DEVICES for p in parameters),
+    ))  # fmt: skip
+    return SideBySide(*parts, ema_decay=recipe.ema_decay) if len(parts) > 1 or recipe.ema_decay else parts[0]
 
 
-def hidden_matrices(model: PreTrainedModel) -> list[torch.Tensor]:
-    """The weights of all linear maps but the head: c_attn, c_fc and both c_proj of every block."""
+FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+
+def hidden_linears(model: PreTrainedModel) -> list[tuple[str, nn.Linear]]:
+    """The linear maps with trained weights, but the head: c_attn, c_fc and both c_proj of every block, by name."""
     head = model.get_output_embeddings().weight  # tied, it is the token embedding
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return [module.weight for module in linear if module.weight is not head and module.weight.requires_grad]
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [(name, module) for name, module in linear if module.weight is not head and module.weight.requires_grad]
 
 
 class SideBySide(torch.optim.Optimizer):
@@ -57,10 +68,12 @@ class SideBySide(torch.optim.Optimizer):
 
     Groups and state are kept here, where Accelerate and `torch.distributed.checkpoint.state_dict` look for them, and
     lent to the parts for their step. A state that was loaded, or parameters that FSDP2 replaced, so reach them too.
+
+    ema_decay: above 0, the state of every parameter also holds `ema`, the exponential moving average of its values.
     """
 
-    def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        self.parts = parts
+    def __init__(self, *parts: torch.optim.Optimizer, ema_decay: float = 0.0) -> None:
+        self.parts, self.ema_decay = parts, ema_decay
         super().__init__([group for part in parts for group in part.param_groups], {})
 
     @torch.no_grad()
@@ -70,3 +83,26 @@ class SideBySide(torch.optim.Optimizer):
             part.param_groups = list(islice(groups, len(part.param_groups)))
             part.state = self.state
             part.step()
+        if self.ema_decay:
+            for parameter, state in self.state.items():
+                if "ema" not in state:
+                    state["ema"] = parameter.detach().clone()
+                state["ema"].lerp_(parameter, 1 - self.ema_decay)
+
+
+@contextmanager
+def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, the parameters have the values of their moving averages."""
+
+    @torch.no_grad()
+    def swap() -> None:
+        for parameter, state in optimizer.state.items():  # in place: FSDP2 keeps views of the parameters
+            average = state["ema"].clone()
+            state["ema"].copy_(parameter)
+            parameter.copy_(average)
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()

@@ -17,8 +17,8 @@ def lr_at(step: int, recipe: Recipe) -> float:
     - `constant`;
     - warm-up, stable, decay (Hu et al. 2024, MiniCPM, section 4): the peak, then over the last `decay_ratio` of
       `max_steps` down to `min_lr_ratio`. With x the share of the decay that is over, the rate falls as 1 - x
-      (`wsd_linear`), or as 1 - sqrt(x) (`wsd_sqrt`; Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training
-      Beyond Fixed Training Durations").
+      (`wsd_linear`), as 1 - sqrt(x) (`wsd_sqrt`; Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training
+      Beyond Fixed Training Durations"), or as 1 - x**2 (`wsd_concave`).
     """
     peak, warmup = recipe.learning_rate, recipe.warmup_steps
     if step < warmup:
@@ -31,4 +31,5 @@ def lr_at(step: int, recipe: Recipe) -> float:
         return floor + 0.5 * (1.0 + math.cos(math.pi * progress)) * (peak - floor)
     decay_steps = recipe.decay_ratio * recipe.max_steps
     progress = min(1.0, max(0.0, (step - (recipe.max_steps - decay_steps)) / decay_steps))
-    return floor + (1.0 - (math.sqrt(progress) if recipe.schedule == "wsd_sqrt" else progress)) * (peak - floor)
+    power = {"wsd_linear": 1.0, "wsd_sqrt": 0.5, "wsd_concave": 2.0}[recipe.schedule]
+    return floor + (1.0 - progress**power) * (peak - floor)
