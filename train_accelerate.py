@@ -8,24 +8,20 @@ The same command again resumes after any stop. `output_dir` holds run.json, reci
 the link `latest`, which AutoModelForCausalLM loads. Exit codes: gpt2repro/command.py.
 """
 
-# isort: off
 from gpt2repro import command
+from gpt2repro.recipe import Recipe, read_recipe
 
-if __name__ == "__main__":
-    command.explain_interrupts()  # while the libraries below are imported
-# isort: on
+if command.starting(__name__):
+    command.parse_early(read_recipe)
 
 import contextlib
 import gc
 import hashlib
 import itertools
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -37,7 +33,6 @@ from gpt2repro.eval.in_training import Evaluation
 from gpt2repro.hub.initial import initial_model
 from gpt2repro.hub.push import BackgroundPush
 from gpt2repro.processes import on_main_process, whole
-from gpt2repro.recipe import Recipe, parse_recipe
 from gpt2repro.run.folder import RunFolder
 from gpt2repro.run.metrics import MetricsLog
 from gpt2repro.train.estimates import memory_report, peak_memory_bytes, speed_limits
@@ -48,15 +43,12 @@ from gpt2repro.train.profile import step_profiler
 from gpt2repro.train.safety import BadSteps, StopSignal, Watchdog, explanation
 from gpt2repro.train.schedule import lr_at
 
-DEFAULT_RECIPE = Path(str(files("gpt2repro.recipes") / "demo.yaml"))  # recipes/ of the checkout or the wheel
-
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit code."""
 
     def work() -> int:
-        recipe = parse_recipe(sys.argv[1:] if argv is None else argv, default=DEFAULT_RECIPE)
-        recipe.check(world_size=int(os.environ.get("WORLD_SIZE", 1)))
+        recipe = read_recipe(argv)
         try:
             return train(recipe)
         except RuntimeError as error:
@@ -107,11 +99,10 @@ def train(recipe: Recipe) -> int:
         pushes = BackgroundPush(recipe.hub_repo_id, run_dir=folder.path) if recipe.hub_repo_id else None
         folder.claim(recipe, **facts, world_size=world_size)
         folder.resume_from(checkpoint, step=start_step)
-        log = folder.open_metrics(step=start_step, max_steps=recipe.max_steps)
+        log = folder.open_metrics(recipe, step=start_step)
 
     on_main_process(accelerator, take_folder)
     rows = folder.rows(up_to=start_step)
-    log.trackers = start_trackers(accelerator, recipe, name=folder.path.name)
     resumed = f", resumed from {checkpoint}" if checkpoint else ""
     log.show(f"{recipe.output_dir}: step {start_step} to {recipe.max_steps}{resumed}")
     log.show(description(recipe, accelerator, raw, data, compiled=compiled, loss_impl=loss_impl))
@@ -209,14 +200,6 @@ def micro_steps(
 def seed_of(seed: int, step: int, rank: int) -> int:
     """A seed for one process and step: a resumed run needs no saved random state."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "little")
-
-
-def start_trackers(accelerator: Accelerator, recipe: Recipe, *, name: str) -> list:
-    """The trackers of `log_with`, which get the recipe; a run has the name of its folder."""
-    config = {field: v if isinstance(v, (int, float, str)) else str(v) for field, v in asdict(recipe).items()}
-    named = {tracker: {"name": name} for tracker in ("wandb", "trackio")}
-    accelerator.init_trackers("gpt2repro", config=config, init_kwargs=named)
-    return accelerator.trackers
 
 
 def model_facts(model: PreTrainedModel) -> dict[str, int]:

@@ -10,13 +10,20 @@ harness      "activity: ctx", brackets taken out     its characters         31.1
 Figures go to the JSON file, every item's scores to the .jsonl beside it. Name the style with every figure.
 """
 
+from gpt2repro import command
+
+from . import flags
+
+if command.starting(__name__):
+    command.parse_early(lambda: flags.hellaswag(__doc__, None))
+
 import sys
 
-from .multiple_choice import benchmark_command, command_parser
+from .multiple_choice import benchmark_command
 
 
 def main(argv: list[str] | None = None) -> int:
-    return benchmark_command(command_parser(__doc__).parse_args(argv), "hellaswag")
+    return benchmark_command(flags.hellaswag(__doc__, argv), "hellaswag")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,18 @@ The tasks and the scoring are lm-eval's own. This command needs no trust in the 
 project, and writes CHECKPOINT/lm_eval.json (or --output). Needs lm_eval, the extra `eval`.
 """
 
+from gpt2repro import command
+
+from . import flags
+
+if command.starting(__name__):
+    command.parse_early(lambda: flags.lm_harness(__doc__, None))
+
 import argparse
 import sys
 from pathlib import Path
 
-from gpt2repro import command
-
-from .loading import model_parser
+from .loading import best_device
 from .output import check_output, write_results
 
 
@@ -32,8 +37,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     options = {name: getattr(arguments, name) for name in ("tokenizer", "dtype", "trust_remote_code")}
     outcome = lm_eval.simple_evaluate(
         "hf", model_args={"pretrained": arguments.model, "backend": "causal", **options}, tasks=tasks,
-        task_manager=manager, batch_size=arguments.batch_size, device=arguments.device, limit=arguments.limit,
-        log_samples=False,
+        task_manager=manager, batch_size=arguments.batch_size, device=arguments.device or best_device(),
+        limit=arguments.limit, log_samples=False,
     )
     if outcome is None:  # under `accelerate launch` only the main process has it
         return
@@ -43,15 +48,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = model_parser(__doc__)
-    parser.add_argument("--tasks", required=True, help="names of lm-eval's tasks, separated by commas")
-    parser.add_argument("--include-path", help="folder with task definitions of your own")
-    parser.add_argument("--batch-size", type=int, default=16, help="requests a forward (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="only the first N items of every task (default: all)")
-    parser.add_argument("--output", help="JSON file (default: lm_eval.json in the checkpoint's folder)")
-    arguments = parser.parse_args(argv)
-    if not arguments.output and not Path(arguments.model).is_dir():
-        parser.error("--output is needed where --model is no folder to write into")
+    arguments = flags.lm_harness(__doc__, argv)
     return command.run(lambda: _evaluate(arguments))
 
 

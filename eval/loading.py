@@ -18,7 +18,6 @@ from gpt2repro.hub.loading import from_pretrained
 # An embedding that was padded for speed has more rows than its tokenizer has tokens (GPT-2: 50304 for 50257; published
 # models: up to 905 more). A larger difference means another tokenizer.
 MAX_PADDED_ROWS = 1024
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load_model(
@@ -97,18 +96,7 @@ def max_positions(model) -> int:
     return model.config.max_position_embeddings
 
 
-def model_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the options that every command with a model has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="checkpoint folder or Hub id of a causal language model")
-    parser.add_argument("--tokenizer", help="folder or Hub id, where the tokenizer is not beside the model")
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights (default: %(default)s)")
-    parser.add_argument("--device", default=best_device(), help="cpu, cuda, cuda:1, … (default: %(default)s)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code beside the weights")
-    return parser
-
-
 def load_from(arguments: argparse.Namespace):
-    """`load_model` with what `model_parser` parsed."""
+    """`load_model` with what `flags.model_parser` parsed."""
     options = ("tokenizer", "dtype", "device", "trust_remote_code")
     return load_model(arguments.model, **{name: getattr(arguments, name) for name in options})

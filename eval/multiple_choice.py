@@ -10,6 +10,13 @@ prepares its tasks once and scores them as often as it likes, every process a sh
     rows = evaluate_tasks(model, tasks, rank=rank, world_size=world_size, gather_object=gather_object)
 """
 
+from gpt2repro import command
+
+from . import flags
+
+if command.starting(__name__):
+    command.parse_early(lambda: flags.multiple_choice(__doc__, None))
+
 import argparse
 import sys
 from collections.abc import Callable, Sequence
@@ -18,12 +25,12 @@ from dataclasses import dataclass
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from gpt2repro import command
 from gpt2repro.run.metrics import row_text
 
 from .accuracy import summarise
-from .loading import check_vocabulary, load_from, max_positions, model_parser
-from .output import check_output, write_results
+from .core import PreparedCore, prepare_core
+from .loading import best_device, check_vocabulary, load_from, max_positions
+from .output import check_output, measured, write_results
 from .scoring import Sequences, encode, score_items
 from .tasks import TASKS, Row, read_rows, render, task_style
 
@@ -36,15 +43,24 @@ class PreparedTask:
     style: str
     items: list[Sequences]
 
+    def figures(self, model, *, rank: int, world_size: int, gather_object: Callable[[list], list]) -> dict:
+        """The task's row of figures, the same on every process."""
+        results = gather_object(score_items(model, self.items, rank=rank, world_size=world_size))
+        return _figures(self.task, self.style, results)
 
-def prepare_task(spec: str, tokenizer, *, max_length: int) -> PreparedTask:
+
+def prepare_task(spec: str, tokenizer, *, max_length: int) -> PreparedTask | PreparedCore:
     """`TASK[:STYLE][:LIMIT][=FILE]` as a task that is ready to score, e.g. `hellaswag:harness:500=hellaswag.jsonl`.
+
+    `core[:LIMIT][=BUNDLE]` is CORE.
 
     Raises:
         ValueError: an unknown task or style, or what `read_rows`, `render` and `encode` refuse.
     """
     name, _, data = spec.partition("=")
     task, *options = name.split(":")
+    if task == "core":
+        return prepare_core(spec, tokenizer)
     limit, style = None, None
     for option in options:
         if option.isdigit():
@@ -71,7 +87,7 @@ def score_task(
 
 
 def evaluate_tasks(
-    model, tasks: Sequence[PreparedTask], *, rank: int = 0, world_size: int = 1,
+    model, tasks: Sequence[PreparedTask | PreparedCore], *, rank: int = 0, world_size: int = 1,
     gather_object: Callable[[list], list] | None = None,
 ) -> list[dict]:
     """One row of figures per task, the same on every process: `{"task", "style", "acc", "acc_norm", "n", …}`.
@@ -86,28 +102,14 @@ def evaluate_tasks(
         raise ValueError(f"world_size is {world_size}: give a gather_object that joins the processes' results")
     was_training = model.training
     model.eval()
-    rows = []
-    for task in tasks:
-        results = score_items(model, task.items, rank=rank, world_size=world_size)
-        rows.append(_figures(task.task, task.style, gather_object(results) if gather_object else results))
+    share = {"rank": rank, "world_size": world_size, "gather_object": gather_object or list}
+    rows = [task.figures(model, **share) for task in tasks]
     model.train(was_training)
     return rows
 
 
 def _figures(task: str, style: str, results: list[dict]) -> dict:
     return {"task": task, "style": style, **summarise(results), "dataset": TASKS[task].dataset}
-
-
-def command_parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that all benchmark commands share."""
-    parser = model_parser(description)
-    parser.add_argument("--data", help="JSONL file of the task's items (default: the Hub's dataset)")
-    styles = "how items are rendered (default: completion for hellaswag, harness for every other task)"
-    parser.add_argument("--style", choices=["completion", "harness"], help=styles)
-    parser.add_argument("--limit", type=int, help="score only the first N items (default: all)")
-    parser.add_argument("--batch-size", type=int, help="items a forward (default: as fills it); changes no figure")
-    parser.add_argument("--output", help="write the figures to this JSON file and the items to .jsonl beside it")
-    return parser
 
 
 def run_task(arguments: argparse.Namespace, task: str) -> dict | None:
@@ -118,7 +120,7 @@ def run_task(arguments: argparse.Namespace, task: str) -> dict | None:
     check_output(arguments.output, items=True)
     style = task_style(task, arguments.style)
     rows = read_rows(task, data=arguments.data, limit=arguments.limit)
-    state = PartialState(cpu=arguments.device == "cpu")
+    state = PartialState(cpu=(arguments.device or best_device()) == "cpu")
     if state.num_processes > 1:
         arguments.device = str(state.device)
     model, tokenizer = load_from(arguments)
@@ -132,7 +134,7 @@ def run_task(arguments: argparse.Namespace, task: str) -> dict | None:
     figures = _figures(task, style, results)
     print(*row_text("eval", figures))
     if arguments.output:
-        settings = {"model": arguments.model, "data": arguments.data, "dtype": arguments.dtype}
+        settings = {**measured(model, arguments.model), "data": arguments.data, "dtype": arguments.dtype}
         write_results(arguments.output, {**figures, **settings}, items=results)
     return figures
 
@@ -147,9 +149,7 @@ def benchmark_command(arguments: argparse.Namespace, task: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = command_parser(__doc__)
-    parser.add_argument("--task", required=True, choices=TASKS, metavar="T", help=", ".join(TASKS))
-    arguments = parser.parse_args(argv)
+    arguments = flags.multiple_choice(__doc__, argv)
     return benchmark_command(arguments, arguments.task)
 
 

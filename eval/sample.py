@@ -6,14 +6,19 @@
 The texts, prompt included, go to standard output.
 """
 
+from gpt2repro import command
+
+from . import flags
+
+if command.starting(__name__):
+    command.parse_early(lambda: flags.sample(__doc__, None))
+
 import argparse
 import sys
 
 import torch
 
-from gpt2repro import command
-
-from .loading import load_from, max_positions, model_parser
+from .loading import load_from, max_positions
 
 
 @torch.no_grad()
@@ -69,18 +74,7 @@ def _print_samples(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = model_parser(__doc__)
-    prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", help="the text to continue")
-    prompt.add_argument("--interactive", action="store_true", help="read prompts from standard input, one a line")
-    parser.add_argument("--num-samples", type=int, default=4, help="texts of a prompt (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=32, help="of a text (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, default=50, help="most likely tokens; 0: all (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the sampling (default: %(default)s)")
-    greedy = "always the most likely token: one text"
-    parser.add_argument("--greedy", dest="temperature", action="store_const", const=0.0, help=greedy)
-    parser.add_argument("--seed", type=int, default=42, help="of the sampling (default: %(default)s)")
-    arguments = parser.parse_args(argv)
+    arguments = flags.sample(__doc__, argv)
     return command.run(lambda: _print_samples(arguments))
 
 

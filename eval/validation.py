@@ -7,6 +7,13 @@ Works for every causal language model of the library, so that a baseline and a r
 JSON holds `loss`, `perplexity`, `bits_per_byte`, `tokens` and what they were measured on.
 """
 
+from gpt2repro import command
+
+from . import flags
+
+if command.starting(__name__):
+    command.parse_early(lambda: flags.validation(__doc__, None))
+
 import argparse
 import math
 import sys
@@ -17,13 +24,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from gpt2repro import command
 from gpt2repro.data.encoding import HARD_TEXT
 from gpt2repro.data.loader import Batch, validation_batches
-from gpt2repro.data.shards import FORMATS, Dataset, open_dataset, tokenizer_sha256
+from gpt2repro.data.shards import Dataset, open_dataset, tokenizer_sha256
 
-from .loading import load_from, max_positions, model_parser
-from .output import check_output, write_results
+from .loading import load_from, max_positions
+from .output import check_output, measured, write_results
 
 
 @torch.no_grad()
@@ -170,7 +176,7 @@ def _measure(arguments: argparse.Namespace) -> None:
     result |= {
         "perplexity": math.exp(min(loss, 700.0)),  # finite in float64
         "bits_per_byte": loss * tokens / math.log(2) / size if size else None,
-        "seq_len": seq_len, "model": arguments.model, "dtype": arguments.dtype,
+        "seq_len": seq_len, **measured(model, arguments.model), "dtype": arguments.dtype,
         "measured_on": ", ".join(arguments.dataset or [arguments.text]),
     }
     bits = f"{result['bits_per_byte']:.4f}" if size else "not known for this tokenizer"
@@ -180,21 +186,7 @@ def _measure(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = model_parser(__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--dataset", nargs="+", metavar="DIR", help="token shards; their validation split is measured")
-    source.add_argument("--text", help="a text file in UTF-8")
-    parser.add_argument("--format", default="auto", choices=FORMATS, help="--dataset: nanoGPT's .bin must be named")
-    parser.add_argument("--seq-len", type=int, help="tokens of a window (default: the model's longest)")
-    parser.add_argument("--stride", type=int, help="--text: new tokens of a window (default: seq-len, no overlap)")
-    parser.add_argument("--max-tokens", type=int, help="--dataset: count at most this many tokens (default: all)")
-    parser.add_argument("--batch-size", type=int, default=4, help="windows a forward (default: %(default)s)")
-    parser.add_argument("--output", help="write the figures to this JSON file")
-    arguments = parser.parse_args(argv)
-    if arguments.dataset and arguments.stride:
-        parser.error("--stride goes with --text: the windows of a prepared dataset do not overlap")
-    if arguments.text and arguments.max_tokens:
-        parser.error("--max-tokens goes with --dataset: a text is measured to its end")
+    arguments = flags.validation(__doc__, argv)
     return command.run(lambda: _measure(arguments))
 
 

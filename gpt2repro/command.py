@@ -20,6 +20,7 @@ DONE, EXPLAINED, USAGE, STOPPED_BY_SIGNAL, INTERRUPTED, NO_READER = 0, 1, 2, 75,
 COMMANDS = {
     "train": "train_accelerate",
     "prepare": "gpt2repro.data.prepare",
+    "eval core": "gpt2repro.eval.core",
     "eval hellaswag": "gpt2repro.eval.hellaswag",
     "eval multiple-choice": "gpt2repro.eval.multiple_choice",
     "eval validation": "gpt2repro.eval.validation",
@@ -82,6 +83,25 @@ def explain(error: BaseException) -> None:
     rank = int(os.environ.get("RANK", 0))
     for line in (str(error) or type(error).__name__).splitlines():
         print(f"error on process {rank}: {line}" if rank else f"error: {line}", file=sys.stderr)
+
+
+def starting(module: str) -> bool:
+    """Whether this process was started to run the command in `module`, which asks at its top with its `__name__`."""
+    return module in ("__main__", COMMANDS.get(sys.argv[0].removeprefix("gpt2repro ")))
+
+
+def parse_early(parse: Callable[[], object]) -> None:
+    """Answer `--help` and wrong usage at once, before the command's module imports libraries that take seconds.
+
+    `parse` reads the words of this process; the command's main() does so again.
+    """
+    explain_interrupts()
+
+    def work() -> None:
+        parse()
+
+    if code := run(work):
+        sys.exit(code)
 
 
 def explain_interrupts() -> None:

@@ -12,10 +12,12 @@ import difflib
 import math
 import os
 import re
+import sys
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
 from decimal import Decimal, InvalidOperation
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import yaml
 
 from gpt2repro.command import UsageError
 
+DEFAULT_RECIPE = Path(str(files("gpt2repro.recipes") / "demo.yaml"))  # recipes/ of the checkout or the wheel
 # A run is the same run as long as these hold; anything else (micro-batch, precision, cadence) may change on resume.
 DEFINING_FIELDS = (
     "model", "n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "dropout", "init_from", "seq_len",
@@ -141,8 +144,12 @@ class Recipe:
         return {"n_positions": 1024, **NAMED_SHAPES[self.model], **given}
 
     def check(self, *, world_size: int = 1) -> None:
-        """Raise ValueError with everything that is wrong, a line each, before anything is loaded or written."""
-        if problems := [*self._field_problems(), *self._combination_problems(), *self._shape_problems(world_size)]:
+        """Raise ValueError with everything that is wrong, a line each, before anything is loaded or written.
+
+        The model's shape is checked once the rest is right: it needs transformers, which takes seconds to import.
+        """
+        problems = [*self._field_problems(), *self._combination_problems(), *self._batch_problems(world_size)]
+        if problems := problems or [*self._shape_problems()]:
             raise ValueError("\n".join(problems))
 
     def _field_problems(self) -> typing.Iterator[str]:
@@ -192,16 +199,18 @@ class Recipe:
         if self.hub_every % max(1, self.save_every):
             yield f"hub_every={self.hub_every} is not a multiple of save_every={self.save_every}: change one"
 
-    def _shape_problems(self, world_size: int) -> typing.Iterator[str]:
-        from huggingface_hub.errors import StrictDataclassError
-
-        from configuration_gpt2repro import GPT2ReproConfig
-
+    def _batch_problems(self, world_size: int) -> typing.Iterator[str]:
         if min(self.seq_len, self.global_batch_tokens, self.micro_batch_size) >= 1:
             try:
                 self.accumulation_steps(world_size)
             except ValueError as error:
                 yield str(error)
+
+    def _shape_problems(self) -> typing.Iterator[str]:
+        from huggingface_hub.errors import StrictDataclassError
+
+        from configuration_gpt2repro import GPT2ReproConfig
+
         try:
             shape = self.shape()
         except ValueError as error:
@@ -234,6 +243,13 @@ class Recipe:
             raise ValueError(f"{problem}: no micro batch size divides it; the nearest that works is {nearest}")
         divisors = [b for b in range(1, sequences + 1) if sequences % b == 0]
         raise ValueError(f"{problem}: give a micro_batch_size of {', '.join(map(str, divisors))}")
+
+
+def read_recipe(argv: list[str] | None = None) -> Recipe:
+    """The recipe that this process is to train, checked; from its own command line, if none is given."""
+    recipe = parse_recipe(sys.argv[1:] if argv is None else argv, default=DEFAULT_RECIPE)
+    recipe.check(world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    return recipe
 
 
 def parse_recipe(argv: list[str], *, default: str | Path) -> Recipe:

@@ -14,12 +14,11 @@ import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro.recipe import Recipe, parse_recipe
+from gpt2repro.recipe import DEFAULT_RECIPE, Recipe, parse_recipe
 from gpt2repro.tools.doctor import check_learning_rate, check_warmup
 from gpt2repro.train.estimates import PEAK_FLOPS, flops_per_token
 from modeling_gpt2repro import GPT2ReproForCausalLM
 from tests.conftest import ENVIRONMENT, ROOT, end, train_rows, wait_until
-from train_accelerate import DEFAULT_RECIPE
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 

@@ -8,7 +8,12 @@ DST becomes a complete checkpoint with its tokenizer, written whole or not at al
 of four weights a layer, which stock GPT-2 keeps transposed (its `Conv1D` is a linear layer of shape (in, out)).
 """
 
-import argparse
+from gpt2repro import command
+from gpt2repro.hub import flags
+
+if command.starting(__name__):
+    command.parse_early(lambda: flags.convert(__doc__, None))
+
 import os
 import sys
 from pathlib import Path
@@ -20,7 +25,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro import command
 from gpt2repro.hub.card import terms_of
 from gpt2repro.hub.loading import from_pretrained, load_tokenizer
 from gpt2repro.hub.nanogpt import CAUSAL_MASKS, read_pt
@@ -156,12 +160,7 @@ def convert(source: str | Path, folder: str | Path, *, to: str, tokenizer: str |
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Convert a checkpoint between stock GPT-2 and GPT2Repro.")
-    parser.add_argument("src", help="folder, Hub id, or the .pt file of nanoGPT or build-nanogpt")
-    parser.add_argument("dst", type=Path, help="folder to make")
-    parser.add_argument("--to", choices=("gpt2", "gpt2repro"), required=True)
-    parser.add_argument("--tokenizer", metavar="DIR_OR_ID", help="where none lies beside the weights, as for .pt")
-    args = parser.parse_args(argv)
+    args = flags.convert(__doc__, argv)
 
     def work() -> None:
         parameters = convert(args.src, args.dst, to=args.to, tokenizer=args.tokenizer)

@@ -9,7 +9,12 @@ Transformers reads the file too, but takes the positions from its own default of
     GPT2LMHeadModel.from_pretrained(folder, gguf_file="demo.gguf", n_positions=256)
 """
 
-import argparse
+from gpt2repro import command
+from gpt2repro.hub import flags
+
+if command.starting(__name__):
+    command.parse_early(lambda: flags.gguf(__doc__, None))
+
 import json
 import os
 import sys
@@ -19,7 +24,6 @@ from typing import Any
 
 from tokenizers import pre_tokenizers
 
-from gpt2repro import command
 from gpt2repro.hub.convert import load_as_gpt2repro
 from gpt2repro.hub.loading import load_tokenizer
 
@@ -94,10 +98,7 @@ def _add_tokenizer(writer, checkpoint: str | Path, *, rows: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write a checkpoint as one GGUF file (float32).")
-    parser.add_argument("checkpoint", help="folder or Hub id")
-    parser.add_argument("file", type=Path, help="file to make, e.g. model.gguf")
-    args = parser.parse_args(argv)
+    args = flags.gguf(__doc__, argv)
 
     def work() -> None:
         count = write_gguf(args.checkpoint, args.file)

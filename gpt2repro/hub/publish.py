@@ -9,7 +9,12 @@ optimizer's state. With `--stock` it is the conversion to stock GPT-2, which loa
 one commit. `hub_repo_id` in a recipe uploads checkpoints while the run trains (push.py).
 """
 
-import argparse
+from gpt2repro import command
+from gpt2repro.hub import flags
+
+if command.starting(__name__):
+    command.parse_early(lambda: flags.publish(__doc__, None))
+
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,7 +23,6 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub.utils import validate_repo_id
 
-from gpt2repro import command
 from gpt2repro.hub.card import model_card
 from gpt2repro.hub.convert import convert, kind_of
 from gpt2repro.hub.figures import read_json
@@ -81,15 +85,7 @@ def gather(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Publish a checkpoint on the Hub with a model card.")
-    parser.add_argument("checkpoint", help="folder of a checkpoint, e.g. runs/demo/latest")
-    parser.add_argument("--repo-id", required=True, help="OWNER/NAME, or NAME for your own account")
-    parser.add_argument("--dry-run", type=Path, metavar="DIR", help="make the folder that would be uploaded, and stop")
-    parser.add_argument("--stock", action="store_true", help="publish the conversion to stock GPT-2")
-    parser.add_argument("--public", action="store_true", help="a new repository is private otherwise")
-    parser.add_argument("--license", help="for the card, e.g. mit (default: that of the weights, where known)")
-    parser.add_argument("--language", help="for the card (default: en)")
-    args = parser.parse_args(argv)
+    args = flags.publish(__doc__, argv)
 
     def work() -> None:
         print(publish(

@@ -7,7 +7,12 @@ The page completes text; it is not a chat. It listens on 127.0.0.1 only, comes w
 nothing to anyone. The same prompt, settings and seed give the same text as `python -m eval.sample`.
 """
 
-import argparse
+from gpt2repro import command
+from gpt2repro.tools import flags
+
+if command.starting(__name__):
+    command.parse_early(lambda: flags.app(__doc__, None))
+
 import os
 import sys
 import threading
@@ -19,7 +24,6 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from gpt2repro import command
 from gpt2repro.eval.loading import load_model, max_positions
 from gpt2repro.eval.sample import sample
 
@@ -85,10 +89,7 @@ def page(model: Any, tokenizer: Any, title: str) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="checkpoint folder or Hub id of a causal language model")
-    parser.add_argument("--port", type=int, default=7860, help="of 127.0.0.1 (default: %(default)s)")
-    arguments = parser.parse_args(argv)
+    arguments = flags.app(__doc__, argv)
 
     def work() -> None:
         model, tokenizer = load_model(arguments.model)

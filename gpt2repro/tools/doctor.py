@@ -7,12 +7,17 @@ step (its loss form, compilation and precision) on one device, and saves and loa
 beside `output_dir`; no file stays. Exit codes: 0 every check passed, 1 one failed or an error, 2 wrong usage.
 """
 
+from gpt2repro import command
+from gpt2repro.tools import flags
+
+if command.starting(__name__):
+    command.parse_early(lambda: flags.doctor(__doc__, None))
+
 import math
 import shutil
 import sys
 import tempfile
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +28,12 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from gpt2repro import command
 from gpt2repro.data.order import WindowOrder
 from gpt2repro.data.shards import Dataset
 from gpt2repro.data.training_data import TrainingData, open_recipe_dataset, preparation_command
 from gpt2repro.hub.convert import load_as_gpt2repro
 from gpt2repro.hub.initial import initial_model
-from gpt2repro.recipe import Recipe, parse_recipe
+from gpt2repro.recipe import Recipe
 from gpt2repro.run.checkpoints import load_checkpoint, save_checkpoint
 from gpt2repro.train.estimates import USABLE, device_memory_bytes, memory_estimate, speed_limits
 from gpt2repro.train.first_step import check_first_step
@@ -284,18 +288,10 @@ def check_speed(recipe: Recipe, speed: float, *, processes: int, mfu: float | No
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="the recipe's YAML; every field of it is also a flag")
-    parser.add_argument("--processes", type=int, default=1, help="how many will train (default: %(default)s)")
-    parser.add_argument("--sharded", action="store_true", help="each of them holds a part of every tensor (FSDP2)")
-    parser.add_argument("--dollars-per-hour", type=float, help="price of one process's device")
-    arguments, fields = parser.parse_known_args(argv)
-
     def work() -> int:
-        settings = vars(arguments)
-        path = settings.pop("recipe")
+        recipe, arguments = flags.doctor(__doc__, argv)
         failed = 0
-        for check in examine(parse_recipe(["--recipe", path, *fields], default=path), **settings):
+        for check in examine(recipe, **vars(arguments)):
             print(check, flush=True)
             failed += not check.passed
         print(f"{failed} checks failed" if failed else "every check passed")

@@ -11,9 +11,14 @@ checkpoint shows the position embeddings, three channels of them as curves, and 
 positions. After long training the embeddings are smooth along the positions; at initialisation they are noise.
 """
 
+from gpt2repro import command
+from gpt2repro.tools import flags
+
+if command.starting(__name__):
+    command.parse_early(lambda: flags.inspect(__doc__, None))
+
 import json
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +27,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from gpt2repro import command
-from gpt2repro.data.shards import FORMATS, Dataset, TokenStream, load_tokenizer, open_dataset
+from gpt2repro.data.shards import Dataset, TokenStream, load_tokenizer, open_dataset
 from gpt2repro.eval.loading import load_model
 from gpt2repro.eval.output import output_file
 from gpt2repro.run.checkpoints import verify_checkpoint
@@ -146,13 +150,7 @@ def draw_positions(table: torch.Tensor, png: Path, *, title: str = "") -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="prepared dataset, checkpoint folder or Hub id")
-    parser.add_argument("--verify", action="store_true", help="recompute every recorded sha256")
-    parser.add_argument("--output", "--histogram", metavar="PNG", help="draw document lengths, or position embeddings")
-    parser.add_argument("--format", default="auto", choices=FORMATS, help="of foreign shards, where it cannot be told")
-    parser.add_argument("--tokenizer", help="of foreign shards or of a model without one: a folder or a Hub id")
-    arguments = parser.parse_args(argv)
+    arguments = flags.inspect(__doc__, argv)
     path = Path(arguments.paths[0])
 
     def inspect_dataset() -> int:

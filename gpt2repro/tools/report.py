@@ -9,11 +9,16 @@ Reads the record and the metrics of a run, also while it trains; needs neither t
 file that loads nothing from the network. --schedule draws the learning rate of a recipe over its steps.
 """
 
+from gpt2repro import command
+from gpt2repro.tools import flags
+
+if command.starting(__name__):
+    command.parse_early(lambda: flags.report(__doc__, None))
+
 import base64
 import io
 import json
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -26,7 +31,6 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from gpt2repro import command
 from gpt2repro.eval.output import output_file
 from gpt2repro.recipe import Recipe, parse_recipe
 from gpt2repro.run.folder import RunFolder
@@ -214,19 +218,7 @@ def html_page(runs: list[Run]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", help="folders of runs")
-    parser.add_argument("--output", help="write the picture to this PNG file")
-    parser.add_argument("--html", help="write one page to this file")
-    parser.add_argument("--compare", nargs="+", default=[], metavar="RUN", help="print a table of the runs")
-    parser.add_argument("--schedule", metavar="RECIPE", help="draw the learning rate of this recipe instead of runs")
-    arguments = parser.parse_args(argv)
-    if arguments.schedule:
-        complete = arguments.output and not (arguments.runs or arguments.html or arguments.compare)
-    else:
-        complete = arguments.compare or (arguments.runs and (arguments.output or arguments.html))
-    if not complete:
-        parser.error("give runs with --output or --html, or --compare RUN RUN, or --schedule RECIPE --output PNG")
+    arguments = flags.report(__doc__, argv)
 
     def work() -> None:
         if arguments.schedule:

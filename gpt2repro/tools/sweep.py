@@ -9,12 +9,17 @@ flags are fields of the recipe, the same for all runs. On a CPU several runs at 
 the cores, have more throughput than one run on all cores.
 """
 
+from gpt2repro import command
+from gpt2repro.tools import flags
+
+if command.starting(__name__):
+    command.parse_early(lambda: flags.sweep(__doc__, None))
+
 import itertools
 import json
 import os
 import subprocess
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -25,7 +30,6 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from gpt2repro import command
 from gpt2repro.data.training_data import open_recipe_dataset
 from gpt2repro.files import write_whole
 from gpt2repro.recipe import DEFINING_FIELDS, Recipe, parse_recipe, write_recipe
@@ -136,15 +140,8 @@ def draw(results: list[dict[str, Any]], png: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="the recipe's YAML; every field of it is also a flag")
-    parser.add_argument("--set", action="append", required=True, metavar="FIELD=VALUES", help="values with commas")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each setting (default: %(default)s)")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of all runs")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
-    arguments, fields = parser.parse_known_args(argv)
-
     def work() -> int:
+        arguments, fields = flags.sweep(__doc__, argv)
         output, jobs = Path(arguments.output), arguments.jobs
         if min(arguments.seeds, jobs) < 1:
             raise command.UsageError(f"--seeds is {arguments.seeds} and --jobs {jobs}: give at least 1 of each")

@@ -7,17 +7,22 @@ Compares the conversion's logits with stock GPT-2's, and HellaSwag in both style
 31.14 %; prints a sample. It takes minutes on one GPU and hours on a CPU.
 """
 
+from gpt2repro import command
+from gpt2repro.tools import flags
+
+if command.starting(__name__):
+    command.parse_early(lambda: flags.verify(__doc__, None))
+
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from gpt2repro import command
+from gpt2repro.eval.flags import hellaswag
 from gpt2repro.eval.loading import load_model
-from gpt2repro.eval.multiple_choice import command_parser, run_task
+from gpt2repro.eval.multiple_choice import run_task
 from gpt2repro.eval.sample import sample
 from gpt2repro.hub.convert import convert
 from gpt2repro.hub.upload import hub_is_reachable
@@ -45,10 +50,7 @@ def largest_difference(stock: str, ours: str) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="openai-community/gpt2", help="stock GPT-2 124M (default: %(default)s)")
-    parser.add_argument("--data", help="JSONL file of HellaSwag's validation items (default: the Hub's)")
-    arguments = parser.parse_args(argv)
+    arguments = flags.verify(__doc__, argv)
 
     def work() -> None:
         if not (Path(arguments.model).is_dir() and arguments.data) and not hub_is_reachable():
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             print(sample(*load_model(ours), TEXT[:27], num_samples=1, max_new_tokens=12)[0])
             acc_norm, data = {}, ["--data", arguments.data] if arguments.data else []
             for style in GPT2_HELLASWAG:
-                scoring = command_parser(None).parse_args(["--model", ours, "--style", style, *data])
+                scoring = hellaswag(None, ["--model", ours, "--style", style, *data])
                 acc_norm[style] = 100 * run_task(scoring, "hellaswag")["acc_norm"]
         check_hellaswag(acc_norm)
         print("GPT-2 124M as published")

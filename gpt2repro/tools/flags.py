@@ -1,0 +1,79 @@
+"""The flags of this package's commands. They import no heavy library, so `--help` and a wrong flag answer at once.
+
+Each function takes the command's description and its words (None: those of the process) and returns what they say.
+"""
+
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+
+from gpt2repro.data.shards import FORMATS
+from gpt2repro.recipe import Recipe, parse_recipe
+
+
+def _parser(description: str | None) -> ArgumentParser:
+    return ArgumentParser(allow_abbrev=False, description=description, formatter_class=RawDescriptionHelpFormatter)
+
+
+def app(description: str | None, argv: list[str] | None) -> Namespace:
+    parser = _parser(description)
+    parser.add_argument("model", help="checkpoint folder or Hub id of a causal language model")
+    parser.add_argument("--port", type=int, default=7860, help="of 127.0.0.1 (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def doctor(description: str | None, argv: list[str] | None) -> tuple[Recipe, Namespace]:
+    """The recipe and the doctor's own flags."""
+    parser = _parser(description)
+    parser.add_argument("recipe", help="the recipe's YAML; every field of it is also a flag")
+    parser.add_argument("--processes", type=int, default=1, help="how many will train (default: %(default)s)")
+    parser.add_argument("--sharded", action="store_true", help="each of them holds a part of every tensor (FSDP2)")
+    parser.add_argument("--dollars-per-hour", type=float, help="price of one process's device")
+    arguments, fields = parser.parse_known_args(argv)
+    path = vars(arguments).pop("recipe")
+    return parse_recipe(["--recipe", path, *fields], default=path), arguments
+
+
+def inspect(description: str | None, argv: list[str] | None) -> Namespace:
+    parser = _parser(description)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="prepared dataset, checkpoint folder or Hub id")
+    parser.add_argument("--verify", action="store_true", help="recompute every recorded sha256")
+    parser.add_argument("--output", "--histogram", metavar="PNG", help="draw document lengths, or position embeddings")
+    parser.add_argument("--format", default="auto", choices=FORMATS, help="of foreign shards, where it cannot be told")
+    parser.add_argument("--tokenizer", help="of foreign shards or of a model without one: a folder or a Hub id")
+    return parser.parse_args(argv)
+
+
+def report(description: str | None, argv: list[str] | None) -> Namespace:
+    parser = _parser(description)
+    parser.add_argument("runs", nargs="*", help="folders of runs")
+    parser.add_argument("--output", help="write the picture to this PNG file")
+    parser.add_argument("--html", help="write one page to this file")
+    parser.add_argument("--compare", nargs="+", default=[], metavar="RUN", help="print a table of the runs")
+    parser.add_argument("--schedule", metavar="RECIPE", help="draw the learning rate of this recipe instead of runs")
+    arguments = parser.parse_args(argv)
+    if arguments.schedule:
+        complete = arguments.output and not (arguments.runs or arguments.html or arguments.compare)
+    else:
+        complete = arguments.compare or (arguments.runs and (arguments.output or arguments.html))
+    if not complete:
+        parser.error("give runs with --output or --html, or --compare RUN RUN, or --schedule RECIPE --output PNG")
+    return arguments
+
+
+def sweep(description: str | None, argv: list[str] | None) -> tuple[Namespace, list[str]]:
+    """The sweep's own flags, and the recipe's fields as words."""
+    parser = _parser(description)
+    parser.add_argument("recipe", help="the recipe's YAML; every field of it is also a flag")
+    parser.add_argument("--set", action="append", required=True, metavar="FIELD=VALUES", help="values with commas")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each setting (default: %(default)s)")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of all runs")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
+    arguments, fields = parser.parse_known_args(argv)
+    parse_recipe(["--recipe", arguments.recipe, *fields], default=arguments.recipe)
+    return arguments, fields
+
+
+def verify(description: str | None, argv: list[str] | None) -> Namespace:
+    parser = _parser(description)
+    parser.add_argument("--model", default="openai-community/gpt2", help="stock GPT-2 124M (default: %(default)s)")
+    parser.add_argument("--data", help="JSONL file of HellaSwag's validation items (default: the Hub's)")
+    return parser.parse_args(argv)
