@@ -1,13 +1,22 @@
-"""Files that are written whole or not at all, and their hashes."""
+"""Files that are written whole or not at all, their hashes, and locks between processes."""
 
+import fcntl
 import hashlib
+import json
 import os
+import sys
 from pathlib import Path
+from typing import IO, Any
 
 
 def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(record: dict[str, Any]) -> str:
+    """The sha256 of a record's content, which a JSON file keeps beside it: a flipped bit is noticed."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def sync(path: str | Path) -> None:
@@ -26,3 +35,23 @@ def write_whole(path: Path, text: str) -> None:
     sync(aside)
     os.replace(aside, path)
     sync(path.parent)
+
+
+def take_lock(path: Path) -> IO[str]:
+    """Lock a file until the returned one is closed or the process ends, however it ends.
+
+    A disk without file locks (some network shares) gives none: that is a warning.
+
+    Raises:
+        BlockingIOError: another process has the lock.
+    """
+    file = open(path, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise
+    except OSError as error:
+        why = f"the disk of {path.parent} has no file locks ({error.strerror})"
+        print(f"warning: {why}: let only one process write there", file=sys.stderr)
+    return file

@@ -10,7 +10,6 @@ in the source. This process reads, checks and cuts documents and writes tokens; 
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import re
@@ -28,14 +27,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from gpt2repro import command
 from gpt2repro.data import encoding
-from gpt2repro.data.shards import FORMAT_VERSION, SPLITS, UNFINISHED, ShardWriter, load_tokenizer, tokenizer_record
-from gpt2repro.data.sources import FILES, NOT_TEXT, NOT_UTF8, SOURCES, WITHOUT_CHOICES, Document, Source, open_source
-from gpt2repro.files import write_whole
+from gpt2repro.data.shards import (
+    SPLITS,
+    UNFINISHED,
+    ShardWriter,
+    load_tokenizer,
+    read_record,
+    tokenizer_record,
+    write_record,
+)  # fmt: skip
+from gpt2repro.data.sources import (
+    FILES,
+    NOT_TEXT,
+    NOT_UTF8,
+    SOURCES,
+    WITHOUT_CHOICES,
+    Document,
+    Source,
+    open_source,
+    same_source,
+)  # fmt: skip
+from gpt2repro.files import take_lock
 
 BATCH_BYTES = 2**20  # of text to a worker at a time: a second of its work
 SKIPPED_BYTES = 2**7  # what a skipped record counts in a batch: a batch of these alone must end as well
@@ -158,19 +174,21 @@ def prepare(
         "part": part,
     }
     differing = [key for key in settings if recorded and recorded.get(key) != settings[key]]
+    if "source" in differing and same_source(recorded["source"], origin.record):
+        differing.remove("source")
     if differing:
         was = "; ".join(f"{key} is {recorded.get(key)}, asked for {settings[key]}" for key in differing)
         raise ValueError(f"{out} holds another preparation ({was}); name another folder, or delete this one")
     try:
         (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
         # Two writers would destroy each other's shards. The lock ends with its process, however that ends.
-        with FileLock(out / UNFINISHED / "lock", timeout=0):
+        with take_lock(out / UNFINISHED / "lock"):
             if (out / "dataset.json").exists():
                 print(f"{out} is prepared already", file=sys.stderr)
             else:
                 _Preparation(out, origin, settings, tokenizer).run(workers, fast)
             shutil.rmtree(out / UNFINISHED)
-    except Timeout as error:
+    except BlockingIOError as error:
         raise ValueError(f"another process is preparing {out}; wait for it, or name another --out") from error
     except (OSError, BrokenExecutor) as error:  # a full disk, a killed worker
         advice = "free disk, or use fewer --workers if memory ran out, and run the same command again to resume"
@@ -186,9 +204,11 @@ class _Preparation:
         self.val_tokens = settings["validation"].get("tokens", 0) if settings["part"].startswith("0/") else 0
         self.val_fraction = settings["validation"].get("fraction", 0.0)
         self.state_file, self.tokenizer_file = out / UNFINISHED / "state.json", out / "tokenizer.json"
+        named = not (tokenizer.startswith("train:") or os.path.isdir(os.path.expanduser(tokenizer)))
+        self.tokenizer_name = {"tokenizer_name": tokenizer} if named else {}  # a folder's path would name a machine
         state = {"progress": {"position": None, "skipped": dict.fromkeys(SKIPPED, 0)}, "splits": {}}
         if self.state_file.exists():
-            state = json.loads(self.state_file.read_text("utf-8"))
+            state = read_record(self.state_file)
         else:
             self._save_tokenizer(tokenizer)
         self.position, self.skipped = state["progress"]["position"], Counter(state["progress"]["skipped"])
@@ -252,7 +272,7 @@ class _Preparation:
         self.train.flush()
         self.val.flush()
         progress = {"position": self.position, "skipped": self.skipped}
-        _write_json(self.state_file, {"settings": self.settings, "progress": progress, "splits": self.splits})
+        write_record(self.state_file, {"settings": self.settings, "progress": progress, "splits": self.splits})
 
     def _finish(self) -> None:
         if not self.train.record["tokens"]:
@@ -261,8 +281,8 @@ class _Preparation:
             raise ValueError(f"no training tokens: {others}; {advice}")
         self.train.finish_shard()
         self.val.finish_shard()
-        record = {"format_version": FORMAT_VERSION, **self.tokenizer, **self.settings, "splits": self.splits}
-        _write_json(self.out / "dataset.json", {**record, "skipped": self.skipped})
+        record = {**self.tokenizer, **self.settings, **self.tokenizer_name, "splits": self.splits}
+        write_record(self.out / "dataset.json", {**record, "skipped": self.skipped})
         counts = (f"{name} {r['tokens']:,} tokens in {r['documents']:,} documents" for name, r in self.splits.items())
         print(f"{self.out}: {', '.join(counts)}; skipped {dict(self.skipped)}", file=sys.stderr)
 
@@ -304,18 +324,11 @@ def _recorded_settings(out: Path) -> dict:
     """The settings of what is in the folder; {} where there is nothing."""
     for file in out / "dataset.json", out / UNFINISHED / "state.json":
         if file.exists():
-            try:
-                content = json.loads(file.read_text("utf-8"))
-                return {"splits": content["splits"], **content.get("settings", content)}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{file} is broken, or too old ({error}); delete {out} and prepare again") from error
+            content = read_record(file)
+            return content.get("settings", content)
     if out.is_file() or (out.exists() and any(out.iterdir()) and not (out / UNFINISHED).exists()):
         raise ValueError(f"{out} is no folder, or is not empty and holds no dataset; name a new folder")
     return {}
-
-
-def _write_json(path: Path, content: dict) -> None:
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,12 +21,14 @@ import time
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from uuid import uuid4
 
 import torch
-from filelock import FileLock, Timeout
+from accelerate import Accelerator
 
-from gpt2repro.files import write_whole
+from gpt2repro.files import take_lock, write_whole
+from gpt2repro.processes import on_main_process
 from gpt2repro.recipe import DEFINING_FIELDS, Recipe, write_recipe
 from gpt2repro.run import checkpoints
 from gpt2repro.run.metrics import MetricsLog, read_metrics
@@ -41,7 +43,8 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self._given = Path(path)
         self._descriptor: int | None = None  # of the open directory, once claimed
-        self._lock: FileLock | None = None
+        self._lock: IO[str] | None = None
+        self._record: dict[str, Any] = {}  # run.json as this process wrote it, once claimed
 
     @property
     def path(self) -> Path:
@@ -107,12 +110,12 @@ class RunFolder:
                 `resume: never` must not touch.
         """
         folder, before = self.path, self.record()
-        record: dict[str, Any] = {"recipe": asdict(recipe), "dataset": dataset, "model": model, "starts": []}
+        record: dict[str, Any] = {"id": uuid4().hex[:8], "recipe": asdict(recipe), "dataset": dataset, "model": model}
         if before is None:
             names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
             if names - {LOCK, f".{RECORD}.tmp"}:  # what a kill at the very start leaves
                 raise ValueError(f"output_dir {folder} is not empty and holds no run: give another --output_dir")
-            return record
+            return record | {"starts": []}
         if recipe.resume == "never":
             raise ValueError(f"output_dir {folder} holds a run and resume is never: give another --output_dir")
         old, new = asdict(Recipe()) | before["recipe"], record["recipe"]  # a newer field had its default
@@ -125,7 +128,7 @@ class RunFolder:
                 f"output_dir {folder} holds another run ({'; '.join(differing)}): give another --output_dir, "
                 "the same values to resume it, or delete it to begin again"
             )
-        return record | {"starts": before["starts"]}
+        return record | {name: before[name] for name in ("id", "starts") if name in before}
 
     # ---- writing -------------------------------------------------------------------------------------------
 
@@ -138,13 +141,13 @@ class RunFolder:
         try:
             self._given.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._given, os.O_RDONLY)
-            self._lock = FileLock(self.path / LOCK)
-            self._lock.acquire(timeout=0)
+            self._lock = take_lock(self.path / LOCK)
             record = self.check(recipe, dataset=dataset, model=model)  # once more: nobody else can write now
             record["starts"].append(_start(world_size))
+            self._record = record
             write_whole(self.path / RECORD, json.dumps(record, indent=2) + "\n")
             write_recipe(recipe, self.path / RECIPE)
-        except Timeout:
+        except BlockingIOError:
             raise ValueError(f"another process trains in {self._given}: end it, or give another folder") from None
         except OSError as error:
             raise ValueError(
@@ -160,21 +163,38 @@ class RunFolder:
         """The file for the trace of a few steps."""
         return self.path / PROFILE
 
-    def open_metrics(self, *, step: int, max_steps: int) -> MetricsLog:
-        """metrics.jsonl without the rows after `step`."""
-        return MetricsLog(self.path / METRICS, step=step, max_steps=max_steps)
+    def open_metrics(self, recipe: Recipe, *, step: int) -> MetricsLog:
+        """metrics.jsonl without the rows after `step`, and the trackers beside it."""
+        log = MetricsLog(self.path / METRICS, step=step, max_steps=recipe.max_steps)
+        is_new = len(self._record["starts"]) == 1
+        log.start_trackers(recipe, folder=self.path, run_id=self._record["id"], step=step, is_new=is_new)
+        return log
 
-    def save(self, step: int, recipe: Recipe, *, fingerprint: str, **what: Any) -> Path:
-        """Save a checkpoint; called on every process, see `checkpoints.save_checkpoint`."""
+    def save(self, step: int, recipe: Recipe, *, accelerator: Accelerator, fingerprint: str, **what: Any) -> Path:
+        """Save a checkpoint; called on every process, see `checkpoints.save_checkpoint`.
+
+        Raises:
+            ValueError: it cannot be saved, or another process has claimed the folder.
+        """
+        on_main_process(accelerator, self._refuse_a_second_writer)
         what["state"] = {"tokens": step * recipe.global_batch_tokens, "dataset_fingerprint": fingerprint}
         what["keep_last"], what["keep_every"] = recipe.keep_last, recipe.keep_every
-        return checkpoints.save_checkpoint(self.path, step, **what)
+        return checkpoints.save_checkpoint(self.path, step, accelerator=accelerator, **what)
+
+    def _refuse_a_second_writer(self) -> None:
+        """The lock does not show one on a disk whose locks do nothing, or only on one machine."""
+        record = self.record()
+        if record and (last := record["starts"][-1]) != self._record["starts"][-1]:
+            raise ValueError(
+                f"another process has started in {self.path} since ({last['host']}, process {last['pid']}), so this "
+                "one ends and leaves the folder to it"
+            )
 
     def release(self) -> None:
         """Let others have the folder. A process that is killed lets them have it too."""
         if self._lock is not None:
             (self.path / LOCK).unlink(missing_ok=True)
-            self._lock.release()
+            self._lock.close()
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -185,6 +205,8 @@ def _start(world_size: int) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "host": platform.node(),
+        "pid": os.getpid(),
         "command": shlex.join(sys.argv),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain")),

@@ -6,15 +6,18 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import GeneralTracker
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tqdm import tqdm
 
 from gpt2repro.command import discard_output
+from gpt2repro.recipe import Recipe
 
+PROJECT = "gpt2repro"  # of the trackers
 SECONDS_BETWEEN_LINES = 10.0  # of training steps, where standard error is no terminal
 
 
@@ -36,12 +39,36 @@ class MetricsLog:
         self._shown = -math.inf
         if path is None:
             return
+        rows = read_metrics(path)
         # Without a checkpoint a run begins anew, and with it what was measured before its first step.
-        kept = [row for row in read_metrics(path) if row["step"] <= step] if step else []
+        kept = [row for row in rows if row["step"] <= step] if step else []
+        self._trackers_have = max((row["step"] for row in rows if not step or row["step"] > step), default=-1)
         aside = path.with_name(f".{path.name}.tmp")
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(aside, path)
         self._file = FileIO(path, "a")  # no buffer: after an error nothing is left to be written at the exit
+
+    def start_trackers(self, recipe: Recipe, *, folder: Path, run_id: str, step: int, is_new: bool) -> None:
+        """Start the trackers of `log_with`; those of a run that is not new resume it after `step`.
+
+        TensorBoard deletes the later steps. wandb, which finds the run by its id, and trackio, by its name, keep them,
+        and are not sent them again.
+        """
+        settings: dict[str, dict[str, Any]] = {
+            "tensorboard": {"logging_dir": folder, "purge_step": step + 1 if step else 0},
+            "wandb": {"name": folder.name, "id": run_id, "resume": "allow"},
+            "trackio": {"name": f"{folder.name}-{run_id}", "resume": "allow"},
+        }
+        fields = {name: v if isinstance(v, (int, float, str)) else str(v) for name, v in asdict(recipe).items()}
+
+        def start(tracker: GeneralTracker) -> None:
+            tracker.start()
+            if is_new:
+                tracker.store_init_configuration(fields)
+
+        self.trackers = [LOGGER_TYPE_TO_CLASS[name](PROJECT, **settings[name]) for name in recipe.log_with]
+        for tracker in self.trackers:
+            self._ask(tracker, start)
 
     def write(self, step: int, kind: str, **values: Any) -> None:
         """One row, flushed at once; a number that is not finite becomes null, which JSON can say.
@@ -63,8 +90,9 @@ class MetricsLog:
             ) from error
         prefix = f"{kind}/{values['task']}" if "task" in values else kind
         numbers = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
-        if numbers:
-            self._ask_trackers(lambda tracker: tracker.log(numbers, step=step))
+        for tracker in self.trackers if numbers else ():
+            if step > self._trackers_have or tracker.name == "tensorboard":
+                self._ask(tracker, lambda tracker: tracker.log(numbers, step=step))
         self._show(step, kind, values)
 
     def show(self, text: str) -> None:
@@ -79,16 +107,16 @@ class MetricsLog:
     def close(self) -> None:
         """The end of the run: the bar and the trackers are finished."""
         self._bar.close()
-        self._ask_trackers(lambda tracker: tracker.finish())
+        for tracker in self.trackers:
+            self._ask(tracker, lambda tracker: tracker.finish())
 
-    def _ask_trackers(self, action: Callable[[GeneralTracker], Any]) -> None:
-        """Do `action` with every tracker. One that fails is left out from then on, and the run says so once."""
-        for tracker in list(self.trackers):
-            try:
-                action(tracker)
-            except Exception as error:  # of the tracker's network, disk or login
-                self.trackers = [other for other in self.trackers if other is not tracker]
-                self.show(f"tracker {tracker.name} failed ({error}): the run continues without it")
+    def _ask(self, tracker: GeneralTracker, action: Callable[[GeneralTracker], Any]) -> None:
+        """Do `action` with a tracker. One that fails is left out from then on, and the run says so once."""
+        try:
+            action(tracker)
+        except Exception as error:  # of the tracker's network, disk or login
+            self.trackers = [other for other in self.trackers if other is not tracker]
+            self.show(f"tracker {tracker.name} failed ({error}): the run continues without it")
 
     def _show(self, step: int, kind: str, values: dict[str, Any]) -> None:
         if kind == "train":

@@ -48,8 +48,6 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         mixed_precision=precision,
         dynamo_backend="no",  # the script compiles the raw model itself, before prepare
         fsdp_plugin=_sharding(precision),
-        log_with=list(recipe.log_with) or None,
-        project_dir=recipe.output_dir,
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             # Beyond the watchdog's minutes, which NCCL's own ten would always come before.

@@ -1,5 +1,7 @@
 """The folder of a run: one process writes in it, it may be moved, and another run's folder stays unchanged."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -8,6 +10,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from accelerate import Accelerator
 
 from gpt2repro.recipe import Recipe
 from gpt2repro.run.folder import RunFolder
@@ -29,7 +32,7 @@ def content(folder) -> dict:
 
 def test_a_claimed_folder_that_is_moved_stays_the_runs_and_another_in_its_place_is_not_touched(tmp_path):
     folder = claimed(tmp_path / "run")
-    log = folder.open_metrics(step=0, max_steps=8)
+    log = folder.open_metrics(Recipe(), step=0)
     (tmp_path / "run").rename(tmp_path / "moved")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("mine")
@@ -87,8 +90,30 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
     first.send_signal(signal.SIGKILL)
     first.wait()
     second = claimed(tmp_path / "run")
+    assert len({start["pid"] for start in second.record()["starts"]}) == 2
     assert len(second.record()["starts"]) == 2
     second.release()
+
+
+def test_a_disk_without_locks_is_a_warning_and_the_first_of_two_writers_ends_at_its_next_save(
+    tmp_path, monkeypatch, capsys
+):
+    def no_locks(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    first = claimed(tmp_path / "run")
+    warning = f"warning: the disk of {tmp_path / 'run'} has no file locks (No locks available)"
+    assert capsys.readouterr().err.startswith(warning)
+    accelerator = Accelerator(cpu=True)
+    with pytest.raises(TypeError, match="missing 3 required"):  # past the check, as long as it is alone
+        first.save(1, Recipe(), accelerator=accelerator, fingerprint="f")
+    monkeypatch.setattr(os, "getpid", lambda: 12345)
+    claimed(tmp_path / "run")
+    before = content(tmp_path / "run")
+    with pytest.raises(ValueError, match=f"another process has started in {tmp_path / 'run'} since .*process 12345"):
+        first.save(1, Recipe(), accelerator=accelerator, fingerprint="f")
+    assert content(tmp_path / "run") == before
 
 
 def test_a_folder_of_another_run_or_of_something_else_is_refused_and_left_as_it_was(tmp_path):
