@@ -6,8 +6,10 @@ from pathlib import Path
 
 from gpt2repro.command import UsageError
 from gpt2repro.files import write_whole
+from gpt2repro.hub.figures import weights_sha256
 
-RESULT_KEYS = {"acc", "bits_per_byte", "lm_eval", "prediction"}  # no other file of a model, a run or a task has them
+# No other file of a model, a run or a task has one of them.
+RESULT_KEYS = {"acc", "bits_per_byte", "core", "correct", "lm_eval", "prediction"}
 
 
 def check_output(output: str | None, *, items: bool = False) -> None:
@@ -35,6 +37,13 @@ def _holds_results(path: Path) -> bool:
     except ValueError:
         return False
     return isinstance(value, dict) and bool(value.keys() & RESULT_KEYS)
+
+
+def measured(model, name: str) -> dict[str, str | None]:
+    """What the figures were measured of: the model's name, and the hash of its weights or the revision of the Hub."""
+    if Path(name).is_dir():
+        return {"model": name, "weights_sha256": weights_sha256(name)}
+    return {"model": name, "revision": getattr(model.config, "_commit_hash", None)}
 
 
 def output_file(path: str | Path) -> Path:
