@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -27,6 +27,35 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise ValueError(outcome[1])
     return outcome[0]
+
+
+def on_every_process(action: Callable[[], Any]) -> Any:
+    """Run `action`, which itself waits for no other process, on all of them; each returns what it returned there.
+
+    Raises:
+        ValueError: on every process, with the message of the first one where it failed, or its own.
+    """
+    outcome, problem = None, None
+    try:
+        outcome = action()
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    problems = gather_object([problem])
+    if any(found is not None for found in problems):
+        raise ValueError(problem if problem is not None else next(found for found in problems if found is not None))
+    return outcome
+
+
+def check_same(accelerator: Accelerator, what: str, value: Any) -> None:
+    """Raise ValueError on every process if one has another value than the main one: an old copy of a file."""
+    main_value = on_main_process(accelerator, lambda: value)
+
+    def compare() -> None:
+        if value != main_value:
+            rank = accelerator.process_index
+            raise ValueError(f"process {rank} has {what} that process 0 has not: give both the same")
+
+    on_every_process(compare)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from gpt2repro.files import file_sha256, sync
+from gpt2repro.data.hashes import known_sha256
+from gpt2repro.files import file_sha256, seal, sync, write_whole
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no seal
 SPLITS = ("train", "val")
 UNFINISHED = ".preparing"  # the folder inside a dataset folder where prepare.py keeps what is not finished
 HEADER_BYTES = 128  # of an own shard: a constant, so that the header can be written after the tokens are counted
@@ -87,6 +88,31 @@ def tokenizer_record(tokenizer: Any) -> dict:
 # ---------------------------------------------------------------------------------------------------- reading
 
 
+def read_record(file: Path) -> dict:
+    """The content of a dataset.json, or of the record of an unfinished preparation.
+
+    Raises ValueError for one that is damaged, or of another version.
+    """
+    advice = "copy or prepare it again"
+    try:
+        record = json.loads(file.read_bytes())
+        version = record["format_version"]
+        intact = version == 1 or record.pop("sha256") == seal(record)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is broken ({type(error).__name__}: {error}); {advice}") from None
+    if version not in (1, FORMAT_VERSION):
+        raise ValueError(f"{file} has version {version}, not {FORMAT_VERSION}; {advice}")
+    if not intact:
+        raise ValueError(f"{file} is damaged (its sha256 is not the recorded one); {advice}")
+    return record
+
+
+def write_record(file: Path, content: dict) -> None:
+    """Write a record with its version and its seal, whole or not at all."""
+    record = {"format_version": FORMAT_VERSION, **content}
+    write_whole(file, json.dumps({**record, "sha256": seal(record)}, indent=1, ensure_ascii=False) + "\n")
+
+
 @dataclass(frozen=True)
 class Shard:
     """One file of tokens: `tokens` ids of `dtype` from byte `offset` on, and its recorded sha256.
@@ -101,6 +127,9 @@ class Shard:
     sha256: str | None = None
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
         expected = self.offset + self.tokens * self.dtype.itemsize
         size = self.path.stat().st_size if self.path.exists() else 0
         if size != expected:
@@ -203,6 +232,22 @@ def open_dataset(
     return _join(datasets) if len(datasets) > 1 else datasets[0]
 
 
+def check_contents(dataset: Dataset) -> Dataset:
+    """The dataset, after each shard's content was compared with its record; foreign shards' contents identify them.
+
+    Raises ValueError for a shard that is not the recorded one. Each shard is read once, and then only if it changed.
+    """
+    shards = [shard for name in SPLITS for shard in dataset.shards[name]]
+    digests = known_sha256(shard.path for shard in shards)
+    for shard, digest in zip(shards, digests, strict=True):
+        if shard.sha256 not in (None, digest):
+            advice = "it is damaged or another file: copy or prepare it again"
+            raise ValueError(f"{shard.path} has the sha256 {digest}, recorded is {shard.sha256}; {advice}")
+    if all(shard.sha256 for shard in shards):
+        return dataset
+    return replace(dataset, fingerprint=seal({"opened": dataset.fingerprint, "shards": digests}))
+
+
 def _open_one(path: Path, layout: str, tokenizer: str | None) -> Dataset:
     if not path.exists():
         raise ValueError(f"{path} does not exist; prepare it with: python -m gpt2repro.data.prepare --out {path} …")
@@ -215,18 +260,15 @@ def _open_one(path: Path, layout: str, tokenizer: str | None) -> Dataset:
 
 def _open_own(path: Path) -> Dataset:
     file = path / "dataset.json"
-    content = file.read_bytes()
+    info = read_record(file)
     try:
-        info = json.loads(content)
-        if info["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"{file} has version {info['format_version']}, not {FORMAT_VERSION}; prepare it again")
         tokenizer = {key: info[key] for key in ("vocab_size", "eot_id", "tokenizer_sha256")}
         dtype = token_dtype(info["vocab_size"])
         records = {name: info["splits"][name]["shards"] for name in SPLITS}
         shards = {name: [_own_shard(path, dtype, record) for record in records[name]] for name in SPLITS}
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{file} is broken ({type(error).__name__}: {error}); copy or prepare it again") from error
-    return Dataset(str(path), shards, str(path), hashlib.sha256(content).hexdigest(), info, **tokenizer)
+    return Dataset(str(path), shards, str(path), file_sha256(file), info, **tokenizer)
 
 
 def _open_foreign(path: Path, layout: str, tokenizer: str | None) -> Dataset:
@@ -353,15 +395,15 @@ class ShardWriter:
                 self.finish_shard()
 
     def finish_shard(self) -> None:
-        """Write the header, sync, hash and rename: a shard with its final name is complete."""
+        """Write the header, sync, rename and hash: a shard with its final name is complete."""
         if self.tokens:
             self.file.seek(0)
             self.file.write(shard_header(self.dtype, self.tokens))
             self.flush()
             self.file.close()
-            digest = file_sha256(self.unfinished)
             os.replace(self.unfinished, self.finished)
             sync(self.folder)
+            (digest,) = known_sha256([self.finished])  # training compares it
             self.record["shards"].append({"file": self.finished.name, "tokens": self.tokens, "sha256": digest})
             self._open()
 

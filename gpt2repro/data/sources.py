@@ -25,6 +25,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from gpt2repro.data.hashes import known_sha256
+
 NOT_TEXT, NOT_UTF8 = "not_text", "not_utf8"
 LONG_LINE = 2**24  # bytes of JSON above which pyarrow decodes it: a Python string takes up to 4 bytes a character
 FILES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -97,9 +99,16 @@ def was_made_from(record: dict, name: str, files: list[str]) -> bool:
     if name != "files":
         return record.get("dataset", record.get("name")) == HUB.get(name, {"dataset": name})["dataset"]
     try:
-        return record == _files(files).record
+        return same_source(record, _files(files).record)
     except ValueError:
         return record.get("name") == "files"
+
+
+def same_source(recorded: dict, now: dict) -> bool:
+    """Whether two records name one source. A file is compared by all that is recorded of it, once without its hash."""
+    files, files_now = recorded.get("files", []), now.get("files", [])
+    others = {**recorded, "files": len(files)} == {**now, "files": len(files_now)}
+    return others and all(old.items() <= new.items() for old, new in zip(files, files_now, strict=True))
 
 
 def _every_nth(documents: Callable, part: tuple[int, int], position: Any = None) -> Iterator[Document]:
@@ -155,9 +164,13 @@ def _files(patterns: list[str], *, text_field: str = "text", part: tuple[int, in
         if not path.name.endswith(FILES):
             raise ValueError(f"{path} is of no known kind: {', '.join(FILES)}")
     chosen = paths[part[0] :: part[1]] if part[1] <= len(paths) else paths
-    sizes = [{"file": path.name, "bytes": path.stat().st_size} for path in paths]
+    sha256 = dict(zip(chosen, known_sha256(chosen), strict=True))
+    records = [{"file": path.name, "bytes": path.stat().st_size} for path in paths]
+    for path, record in zip(paths, records, strict=True):
+        if path in sha256:  # another part reads the others
+            record["sha256"] = sha256[path]
     return Source(
-        {"name": "files", "text_field": text_field, "files": sizes},
+        {"name": "files", "text_field": text_field, "files": records},
         partial(_file_documents, chosen, text_field),
         tokens=sum(path.stat().st_size * TOKENS_PER_BYTE.get(path.suffix, 0.25) for path in paths),
         whole_files=len(paths),

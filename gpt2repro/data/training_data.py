@@ -3,6 +3,7 @@
 import os
 import shlex
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,20 @@ from accelerate import Accelerator
 from gpt2repro.data.loader import Batch, TrainLoader, validation_batches, validation_tokens
 from gpt2repro.data.order import WindowOrder
 from gpt2repro.data.prepare import prepare
-from gpt2repro.data.shards import Dataset, load_tokenizer, open_dataset, tokenizer_sha256
-from gpt2repro.data.sources import was_made_from
-from gpt2repro.processes import on_main_process
+from gpt2repro.data.shards import (
+    SPLITS,
+    Dataset,
+    check_contents,
+    load_tokenizer,
+    open_dataset,
+    tokenizer_record,
+    tokenizer_sha256,
+)  # fmt: skip
+from gpt2repro.data.sources import HUB, open_source, was_made_from
+from gpt2repro.processes import on_every_process, on_main_process
 from gpt2repro.recipe import Recipe
+
+PREPARED_WHILE_OTHERS_WAIT = 2e8  # tokens: about six minutes
 
 
 class TrainingData:
@@ -24,9 +35,11 @@ class TrainingData:
         self.recipe, self.dataset = recipe, dataset
         self.eot_id, self.fingerprint = dataset.eot_id, dataset.fingerprint
         self.tokenizer = load_tokenizer(dataset.tokenizer)
-        if tokenizer_sha256(self.tokenizer) != dataset.tokenizer_sha256:
+        recorded = {name: getattr(dataset, name) for name in ("tokenizer_sha256", "vocab_size", "eot_id")}
+        if tokenizer_record(self.tokenizer) != recorded:
             where = dataset.tokenizer
             raise ValueError(f"the tokenizer in {where} is not the one that made its tokens: copy it again")
+        self.tokenizer.model_max_length = recipe.shape()["n_positions"]  # of every checkpoint
         self.vocab_size = recipe.vocab_size or dataset.vocab_size
         if self.vocab_size < dataset.vocab_size:
             entries = f"the {dataset.vocab_size} entries of the dataset's tokenizer"
@@ -57,33 +70,55 @@ class TrainingData:
 def open_data(recipe: Recipe, accelerator: Accelerator) -> TrainingData:
     """Open the recipe's dataset on every process; the main one prepares it first if the recipe names a source.
 
+    Which files there are is decided on the main process: on a shared disk another may not see a new one yet.
+
     Raises:
         ValueError: what is missing, damaged, too small, or made from another source or with another tokenizer.
     """
-    # Decided on one process: on a shared disk another may not see a new file yet.
-    on_main_process(accelerator, lambda: _prepare_if_missing(recipe, world_size=accelerator.num_processes))
-    return TrainingData(recipe, open_recipe_dataset(recipe), accelerator)
+
+    def opened() -> dict[str, Any]:
+        _prepare_if_missing(recipe, world_size=accelerator.num_processes)
+        dataset = open_recipe_dataset(recipe)
+        return {field.name: getattr(dataset, field.name) for field in fields(dataset)}
+
+    found = on_main_process(accelerator, opened)
+
+    def opened_here() -> TrainingData:
+        for shard in (shard for name in SPLITS for shard in found["shards"][name]):
+            shard.check()
+        return TrainingData(recipe, Dataset(**found), accelerator)
+
+    return on_every_process(opened_here)
 
 
 def open_recipe_dataset(recipe: Recipe) -> Dataset:
-    """The recipe's prepared dataset, compared with the recipe's source and tokenizer.
-
-    A tokenizer of the Hub is compared as far as is possible without a network: it is never a trained one (train:N).
-    """
+    """The recipe's prepared dataset, compared with the recipe's source, tokenizer and val_tokens, and its contents."""
     dataset = open_dataset(list(recipe.dataset_dir), format=recipe.dataset_format, tokenizer=recipe.tokenizer)
-    folder, wanted = recipe.dataset_dir[0], recipe.tokenizer or ""
+    folder, wanted = recipe.dataset_dir[0], recipe.tokenizer
     advice = "give another dataset_dir to prepare, or leave it out of the recipe"
-    made_from, made_with = dataset.info.get("source"), str(dataset.info.get("tokenizer", ""))
+    info = dataset.info
+    made_from, made_with = info.get("source"), info.get("tokenizer_name", info.get("tokenizer"))
     if recipe.source and made_from and not was_made_from(made_from, recipe.source, list(recipe.files)):
         files = f" {', '.join(recipe.files)}" if recipe.files else ""
         raise ValueError(f"source is {recipe.source}{files}, but {folder} was made from {made_from}: {advice}")
-    if wanted and os.path.isdir(os.path.expanduser(wanted)):
-        same = tokenizer_sha256(wanted) == dataset.tokenizer_sha256
-    else:
-        same = not wanted or wanted == made_with or "train:" not in wanted + made_with
-    if not same:
-        raise ValueError(f"tokenizer is {wanted}, but {folder} has another one ({made_with or 'named'}): {advice}")
-    return dataset
+    if wanted and wanted not in (made_with, dataset.tokenizer) and not _is_tokenizer_of(wanted, dataset):
+        raise ValueError(f"tokenizer is {wanted}, but {folder} has another one ({made_with}): {advice}")
+    wanted_split, split = {"tokens": recipe.val_tokens}, info.get("validation")
+    if recipe.val_tokens is not None and split != wanted_split:
+        raise ValueError(f"the validation split is {wanted_split}, but {folder} was made with {split}: {advice}")
+    return check_contents(dataset)
+
+
+def _is_tokenizer_of(name: str, dataset: Dataset) -> bool:
+    """Whether a tokenizer gives the dataset's ids. One that does not load is never one that was trained (train:N)."""
+    trained = str(dataset.info.get("tokenizer")).startswith("train:")
+    if (trained or name.startswith("train:")) and not Path(name).is_dir():
+        return False  # both are named: they would have the same name
+    try:
+        return tokenizer_sha256(name) == dataset.tokenizer_sha256
+    except ValueError as error:
+        print(f"warning: {dataset.path} is taken to be made with {name}, which cannot be compared: {error}")
+        return True
 
 
 def preparation_command(recipe: Recipe) -> str:
@@ -95,13 +130,14 @@ def preparation_command(recipe: Recipe) -> str:
 
 
 def _prepare_if_missing(recipe: Recipe, *, world_size: int) -> None:
-    """Make `dataset_dir` from the recipe's source; not from the Hub while other processes wait for it."""
+    """Make `dataset_dir` from the recipe's source; nothing large while other processes wait for it."""
     folder = recipe.dataset_dir[0]
     if not recipe.source or Path(os.path.expanduser(folder), "dataset.json").exists():
         return
-    if world_size > 1 and recipe.source not in ("python-docs", "files"):
-        advice = f"{preparation_command(recipe)} --workers {os.cpu_count()}"
-        raise ValueError(f"{folder} does not exist, and to prepare it takes longer than processes wait: {advice}")
-    print(f"preparing {folder} from {recipe.source}")
     files, tokenizer = list(recipe.files) or None, str(recipe.tokenizer)
+    if world_size > 1:
+        if recipe.source in HUB or open_source(recipe.source, files=files).tokens > PREPARED_WHILE_OTHERS_WAIT:
+            advice = f"{preparation_command(recipe)} --workers {os.cpu_count()}"
+            raise ValueError(f"{folder} does not exist, and to prepare it takes longer than processes wait: {advice}")
+    print(f"preparing {folder} from {recipe.source}")
     prepare(source=recipe.source, files=files, tokenizer=tokenizer, out=folder, val_tokens=recipe.val_tokens)

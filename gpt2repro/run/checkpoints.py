@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from gpt2repro.files import file_sha256, sync
+from gpt2repro.files import file_sha256, seal, sync
 from gpt2repro.processes import on_main_process, unsharded
 
 RECORD = "trainer_state.json"
@@ -81,7 +80,8 @@ def save_checkpoint(
         if average:
             names = (name.removeprefix("state.").removesuffix(".ema") for name in average)
             save_file(dict(zip(names, average.values(), strict=True)), aside / AVERAGE, metadata={"format": "pt"})
-        _complete(aside, {"format": FORMAT_VERSION, "step": step, **state})
+        scale = {"loss_scale": accelerator.scaler.state_dict()} if accelerator.scaler else {}  # of fp16
+        _complete(aside, {"format": FORMAT_VERSION, "step": step, **state, **scale})
         os.replace(aside, final)
         _point_latest_at(final)
         whole = [path for path in _checkpoints(run_dir) if (path / RECORD).exists()]
@@ -155,15 +155,18 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
     return path.resolve()
 
 
-def load_checkpoint(path: Path, *, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, *, model: PreTrainedModel, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+) -> dict[str, Any]:
     """Put a checkpoint's weights and optimizer state into `model` and `optimizer`; returns its record.
 
-    Every file is read against the record's size and sha256 first. Call it before there are gradients.
+    Called on every process, before there are gradients. The main one reads every file against the record's size and
+    sha256 first.
 
     Raises:
         ValueError: a missing, truncated or changed file, or a state that does not fit the model; the file is named.
     """
-    record = verify_checkpoint(path)
+    record = on_main_process(accelerator, lambda: verify_checkpoint(path))
     weights: dict[str, Any] = load_file(path / "model.safetensors")
     for name, source in model.all_tied_weights_keys.items():  # a tied tensor is in the file once
         if source in weights:
@@ -186,6 +189,8 @@ def load_checkpoint(path: Path, *, model: PreTrainedModel, optimizer: torch.opti
             whole = tensors[name].to(now.device)
             tensors[name] = distribute_tensor(whole, now.device_mesh, now.placements, src_data_rank=None)
     set_optimizer_state_dict(model, optimizer, current | tensors, options=flat)
+    if accelerator.scaler and "loss_scale" in record:
+        accelerator.scaler.load_state_dict(record["loss_scale"])
     return record
 
 
@@ -198,8 +203,8 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     advice = "resume from another checkpoint (--resume previous, or --resume PATH)"
     try:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-        intact = record.pop("sha256") == _seal(record)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        intact = record.pop("sha256") == seal(record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path / RECORD} cannot be read ({type(error).__name__}: {error}): {advice}") from None
     if not intact:
         raise ValueError(f"{path / RECORD} is damaged (its sha256 is not the recorded one): {advice}")
@@ -250,15 +255,10 @@ def _complete(folder: Path, record: dict[str, Any]) -> None:
     files = sorted(folder.iterdir())
     with ThreadPoolExecutor() as pool:  # one file waits for the disk while another is hashed
         record["files"] = dict(zip([file.name for file in files], pool.map(settle, files), strict=True))
-    record["sha256"] = _seal(record)
+    record["sha256"] = seal(record)
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     sync(folder / RECORD)
     sync(folder)
-
-
-def _seal(record: dict[str, Any]) -> str:
-    """The sha256 of a record's content, which it keeps beside that."""
-    return sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:

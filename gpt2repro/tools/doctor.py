@@ -256,7 +256,7 @@ def check_rehearsal(recipe: Recipe, model: Any, optimizer: Any, *, folder: Path,
     torch.manual_seed(recipe.seed + 1)
     other = type(model)(model.config).to(model.device)
     restored = make_optimizer(other, recipe)
-    load_checkpoint(path, model=other, optimizer=restored)
+    load_checkpoint(path, model=other, optimizer=restored, accelerator=saving["accelerator"])
     pairs = list(zip(model.parameters(), other.parameters(), strict=True))
     pairs += [(optimizer.state[a][key], restored.state[b][key]) for a, b in pairs for key in optimizer.state[a]]
     differing = sum(not torch.equal(a.cpu(), b.cpu()) for a, b in pairs)

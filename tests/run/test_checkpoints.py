@@ -57,7 +57,9 @@ class Training:
         )  # fmt: skip
 
     def load(self, checkpoint: Path) -> dict:
-        return load_checkpoint(checkpoint, model=self.model, optimizer=self.optimizer)
+        return load_checkpoint(
+            checkpoint, model=self.model, optimizer=self.optimizer, accelerator=self.accelerator
+        )
 
     def tensors(self) -> list[torch.Tensor]:
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
