@@ -19,6 +19,7 @@ import gc
 import hashlib
 import itertools
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -32,7 +33,7 @@ from gpt2repro.data.training_data import open_data
 from gpt2repro.eval.in_training import Evaluation
 from gpt2repro.hub.initial import initial_model
 from gpt2repro.hub.push import BackgroundPush
-from gpt2repro.processes import on_main_process, whole
+from gpt2repro.processes import check_same, on_every_process, on_main_process, whole
 from gpt2repro.run.folder import RunFolder
 from gpt2repro.run.metrics import MetricsLog
 from gpt2repro.train.estimates import memory_report, peak_memory_bytes, speed_limits
@@ -49,12 +50,16 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> int:
         recipe = read_recipe(argv)
+        # On from the first time that the processes wait for each other.
+        watchdog = Watchdog(recipe.watchdog_minutes, rank=int(os.environ.get("RANK", 0)))
         try:
-            return train(recipe)
+            return train(recipe, watchdog)
         except RuntimeError as error:
             if advice := explanation(error):
                 raise ValueError(advice) from None
             raise
+        finally:
+            watchdog.stop()
 
     code = command.run(work)
     if code in (command.DONE, command.STOPPED_BY_SIGNAL):
@@ -64,18 +69,20 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def train(recipe: Recipe) -> int:
+def train(recipe: Recipe, watchdog: Watchdog) -> int:
     """One run: its parts in the order in which they are made, then the loop; returns the exit code."""
     # ---- processes, data, model, optimizer -----------------------------------------------------------------
     accelerator = start_accelerator(recipe)
+    check_same(accelerator, "a recipe", recipe)
     device, world_size, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     loss_impl = loss_form(recipe, device)
     data = open_data(recipe, accelerator)
-    evaluation = Evaluation(recipe, data, accelerator, loss_impl=loss_impl)
-    raw = initial_model(recipe, vocab_size=data.vocab_size, eot_id=data.eot_id).train().to(device)
+    evaluation = on_every_process(lambda: Evaluation(recipe, data, accelerator, loss_impl=loss_impl))
+    raw = on_every_process(lambda: initial_model(recipe, vocab_size=data.vocab_size, eot_id=data.eot_id))
+    raw.train().to(device)
     facts = {"dataset": data.facts(), "model": model_facts(raw)}
     folder = RunFolder(recipe.output_dir)
-    folder.check(recipe, **facts)
+    on_main_process(accelerator, lambda: folder.check(recipe, **facts))
     compiled = compile_in_place(raw, recipe, accelerator)
     model, optimizer = accelerator.prepare(raw, make_optimizer(raw, recipe))
 
@@ -84,8 +91,9 @@ def train(recipe: Recipe) -> int:
     start_step = 0
     if checkpoint:
         start_step = folder.load(
-            checkpoint, recipe, model=raw, optimizer=optimizer.optimizer, fingerprint=data.fingerprint
-        )
+            checkpoint, recipe, model=raw, optimizer=optimizer.optimizer, accelerator=accelerator,
+            fingerprint=data.fingerprint,
+        )  # fmt: skip
     first_batch = data.loader.first_batch(start_step)
 
     def backward(micro_batches: list, loss_impl: str) -> torch.Tensor:
@@ -102,7 +110,7 @@ def train(recipe: Recipe) -> int:
         log = folder.open_metrics(recipe, step=start_step)
 
     on_main_process(accelerator, take_folder)
-    rows = folder.rows(up_to=start_step)
+    rows = on_main_process(accelerator, lambda: folder.rows(up_to=start_step))
     resumed = f", resumed from {checkpoint}" if checkpoint else ""
     log.show(f"{recipe.output_dir}: step {start_step} to {recipe.max_steps}{resumed}")
     log.show(description(recipe, accelerator, raw, data, compiled=compiled, loss_impl=loss_impl))
@@ -110,12 +118,13 @@ def train(recipe: Recipe) -> int:
 
     # ---- the loop ------------------------------------------------------------------------------------------
     stop, bad_steps = StopSignal(), BadSteps(recipe, rows)
-    watchdog = Watchdog(recipe.watchdog_minutes, rank=rank, step=start_step)
+    watchdog.step = start_step
     flops_per_token, peak_flops = speed_limits(raw, recipe.seq_len, world_size=world_size)
     batches, accumulation = data.loader.batches(start_step), data.loader.accumulation
     profiler = None
     if recipe.profile_steps and accelerator.is_main_process:
-        profiler = step_profiler(folder.profile, steps=recipe.profile_steps, device=device, show=log.show)
+        left = recipe.max_steps - start_step
+        profiler = step_profiler(folder.profile, steps=recipe.profile_steps, left=left, device=device, show=log.show)
 
     def evaluate(step: int) -> None:
         for kind, values in evaluation(step, raw, averaged_weights(optimizer.optimizer)):

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
-from tests.conftest import ROOT, end, kill, train_rows
+from tests.conftest import ROOT, TINY, end, kill, train_rows
 
 
 def weights(run_dir):
@@ -45,6 +46,7 @@ def test_a_run_leaves_its_record_and_the_checkpoints_it_was_asked_to_keep(unbrok
         "latest", "metrics.jsonl", "recipe.yaml", "run.json", "step-00000006", "step-00000008",
     ]  # fmt: skip
     assert os.readlink(unbroken_run / "latest") == "step-00000008"
+    assert AutoTokenizer.from_pretrained(unbroken_run / "latest").model_max_length == TINY["n_positions"]
     assert not [path for path in unbroken_run.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".pth")]
 
 

@@ -150,6 +150,7 @@ def convert(source: str | Path, folder: str | Path, *, to: str, tokenizer: str |
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as aside:
         whole = Path(aside) / folder.name
         (to_stock(model) if to == "gpt2" else model).save_pretrained(whole)
+        vocabulary.model_max_length = model.config.n_positions  # what truncation=True keeps
         vocabulary.save_pretrained(whole)
         if terms := terms_of(source):  # for the model card that publish writes
             ModelCard(f"---\n{ModelCardData(**terms).to_yaml()}\n---\n").save(whole / "README.md")

@@ -86,13 +86,15 @@ class RunFolder:
         """The checkpoint that `resume` means; see `checkpoints.find_checkpoint`."""
         return checkpoints.find_checkpoint(self.path, resume)
 
-    def load(self, checkpoint: Path, recipe: Recipe, *, model: Any, optimizer: Any, fingerprint: str) -> int:
-        """Load a checkpoint of this run, or of another to continue from it; returns its step.
+    def load(self, checkpoint: Path, recipe: Recipe, *, fingerprint: str, **into: Any) -> int:
+        """Load a checkpoint of this run, or of another to continue from it; called on every process, returns its step.
+
+        `into` are `checkpoints.load_checkpoint`'s model, optimizer and accelerator.
 
         Raises:
             ValueError: a damaged checkpoint, one of another dataset, or one at or past the end of the run.
         """
-        record = checkpoints.load_checkpoint(checkpoint, model=model, optimizer=optimizer)
+        record = checkpoints.load_checkpoint(checkpoint, **into)
         if record["dataset_fingerprint"] != fingerprint:
             raise ValueError(f"{checkpoint} was trained on another dataset: start from its weights with --init_from")
         step, end = record["step"], recipe.max_steps

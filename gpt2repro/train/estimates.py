@@ -89,19 +89,22 @@ def device_memory_bytes(device: torch.device) -> int:
 
 # ---- speed -------------------------------------------------------------------------------------------------
 
-# Dense bf16 tensor-core peaks in FLOP/s, by a part of the device's name; NVIDIA's datasheets and whitepapers. The
-# more particular name stands first.
+# Dense bf16 tensor-core peaks in FLOP/s, by words of the device's name; NVIDIA's datasheets and whitepapers. The more
+# particular name stands first.
 PEAK_FLOPS = {
+    "GH200": 989.4e12,
     "H200": 989.4e12,
     "H100 PCIe": 756.0e12,
     "H100 NVL": 835.0e12,
     "H100": 989.4e12,
     "A100": 312.0e12,
     "L40S": 362.0e12,
+    "L40": 181.0e12,
     "L4": 121.0e12,
     "RTX 4090": 165.2e12,
     "RTX 3090": 71.0e12,
 }
+OTHER_CHIPS = {"D", "Laptop", "MIG", "Ti"}  # words that name a smaller or larger chip, or a slice of one
 
 
 def flops_per_token(*, n_parameters: int, n_positions: int, n_layer: int, n_embd: int, seq_len: int) -> int:
@@ -125,8 +128,11 @@ def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 peak in FLOP/s, or None for a device that is not in the table."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    words = torch.cuda.get_device_name(device).replace("-", " ").split()
+    if OTHER_CHIPS & {*words}:
+        return None
+    name = f" {' '.join(words)} "  # whole words: an L40 is no L4
+    return next((peak for part, peak in PEAK_FLOPS.items() if f" {part} " in name), None)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -172,7 +178,10 @@ def loss_warning(tokens: int, loss: float) -> str | None:
     low, high = expected_loss(tokens)
     if low <= loss <= high:
         return None
-    what = f"the validation loss {loss:.3f} is outside of {low:.2f} to {high:.2f}, expected after {tokens:,} tokens"
+    what = (
+        f"the validation loss {loss:.3f} is outside of about {low:.2f} to {high:.2f}, which build-nanogpt's log lets "
+        f"expect after {tokens:,} tokens (its validation text is another one)"
+    )
     if loss < low:
         return f"{what}: is the validation text part of the training text?"
     return f"{what}: compare the recipe with recipes/gpt2-124m-10b.yaml, or run python -m gpt2repro.tools.doctor"

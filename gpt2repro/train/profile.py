@@ -13,13 +13,19 @@ SKIPPED_STEPS = 4  # compilation, the first updates of the allocator, and one st
 ROWS = 10
 
 
-def step_profiler(path: Path, *, steps: int, device: torch.device, show: Callable[[str], None]) -> profile:
-    """A started profiler of `steps` steps after the first four; call its `step()` after every optimizer step.
+def step_profiler(
+    path: Path, *, steps: int, left: int, device: torch.device, show: Callable[[str], None]
+) -> profile | None:
+    """A started profiler of `steps` steps after the next four; call its `step()` after every optimizer step.
 
     When it has seen them it writes the trace to `path` and shows the ROWS costliest kernels, with TFLOPs where PyTorch
-    counts them (matmuls).
+    counts them (matmuls). None, and a line that says so, where a resumed run has too few steps `left`.
     """
     from torch._inductor import config
+
+    if left < SKIPPED_STEPS + steps:
+        show(f"no profile: profile_steps={steps} follow {SKIPPED_STEPS} other steps, and {left} are left")
+        return None
 
     config.cpp.enable_kernel_profile = True  # otherwise all kernels of a CPU's graph are one row
     cuda = device.type == "cuda"

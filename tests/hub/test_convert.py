@@ -193,6 +193,7 @@ def test_a_nanogpt_checkpoint_gives_the_logits_of_its_own_network(tmp_path, tiny
     assert model(TOKENS).logits.shape == (2, 32, 512)
     assert (model(TOKENS).logits - expected).abs().max() < 1e-5
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.model_max_length == model.config.n_positions
     assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
 
 

@@ -16,6 +16,7 @@ from gpt2repro.train.estimates import (
     loss_warning,
     memory_estimate,
     memory_report,
+    peak_flops,
 )
 from gpt2repro.train.optimizer import make_optimizer
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -105,6 +106,30 @@ def test_model_flops_of_gpt2_124m_are_855_million_a_token():
     assert flops == 855_166_464
     # A number that was worked out without this code: 550,000 tokens/s are 47.6 % of 989.4 TFLOP/s.
     assert abs(550_000 * flops / 989.4e12 - 0.476) < 0.001
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA L40", 181.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H20", None),
+    ],
+)
+def test_a_card_is_found_by_its_whole_name(monkeypatch, name, tera):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    peak = peak_flops(torch.device("cuda"))
+    assert (peak and peak / 1e12) == tera
 
 
 # ---- loss ----------------------------------------------------------------------------------------------------
