@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from .accuracy import choose
 from .tasks import Item
 
-# The architectures whose trees were compared with one row per choice. Others (ALiBi, state spaces, sliding windows)
-# may read positions from the mask's shape: they get one row per choice, and their own head.
-TREE_MODELS = ("gpt2", "gpt2repro")
+# The architectures whose trees the tests compare with one forward per choice. Others (ALiBi, state spaces) may read
+# positions from the mask's shape, or scale their logits: they get one row per choice, and their own head.
+TREE_MODELS = ("gpt2", "gpt2repro", "gpt_neox", "gptj", "llama", "mistral", "olmo2", "opt", "phi", "qwen2", "qwen3")
 # Tokens of a forward, where the caller gives no batch size. Matmuls that outgrow a processor's caches ran at half
 # speed; a GPU needs large ones.
 BATCH_TOKENS = {"cpu": 384, "cuda": 16_384}
@@ -130,6 +131,13 @@ def _tree_mask(ends: torch.Tensor) -> torch.Tensor:
     return (continued & (columns.T <= columns))[:, None]
 
 
+def _takes_trees(model) -> bool:
+    """Whether the model is known to give a token of a tree the states that it has in a row of its own."""
+    # An adapter's wrapper (PEFT) is no PreTrainedModel. A sliding window counts columns of the row.
+    known = isinstance(model, PreTrainedModel) and model.config.model_type in TREE_MODELS
+    return known and getattr(model.config, "sliding_window", None) is None
+
+
 def _token_scores(model, trees: list[Tree]) -> tuple[torch.Tensor, torch.Tensor]:
     """Float32 log-probability of every target of a batch, and the likeliest token in its place; both (targets,)."""
     device = model.device
@@ -140,10 +148,10 @@ def _token_scores(model, trees: list[Tree]) -> tuple[torch.Tensor, torch.Tensor]
     arguments = {}
     if any(any(tree.ends) for tree in trees):
         arguments = {"attention_mask": _tree_mask(ends), "position_ids": positions}
-    if model.config.model_type in TREE_MODELS:
+    if _takes_trees(model):
         states, head = model.base_model(input_ids, use_cache=False, **arguments)[0], model.get_output_embeddings()
-    else:
-        states, head = model(input_ids, use_cache=False).logits, torch.nn.Identity()
+    else:  # the last T: a learned prompt (PEFT) stands before the text
+        states, head = model(input_ids, use_cache=False).logits[:, -T:], torch.nn.Identity()
     columns = torch.tensor([row * T + at for row, tree in enumerate(trees) for at in tree.predicted_at])
     targets = torch.tensor([token for tree in trees for _, own in tree.queries for token in own])
     log_probs, likeliest = [], []
@@ -171,7 +179,7 @@ def score_items(
         raise ValueError(f"batch_size is {batch_size}: give at least 1")
     by_length = sorted(range(len(items)), key=lambda index: (-max(map(len, items[index].inputs)), index))
     queries = {index: list(_queries(items[index])) for index in by_length[rank::world_size]}
-    share = share_prefix and model.config._attn_implementation == "sdpa" and model.config.model_type in TREE_MODELS
+    share = share_prefix and model.config._attn_implementation == "sdpa" and _takes_trees(model)
     asked = {query for own in queries.values() for query in own if query[1]}
     trees = make_trees(asked, n_embd=model.config.hidden_size, share=share)
     trees.sort(key=lambda tree: -len(tree.tokens))

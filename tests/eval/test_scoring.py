@@ -1,26 +1,41 @@
 """The scorer's trees against one forward per choice: random items, shared prefixes, many architectures."""
 
+import copy
 import math
 import random
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from eval.scoring import Sequences, make_trees, score_items
+from eval.scoring import TREE_MODELS, Sequences, make_trees, score_items
 
 VOCABULARY = 200
 
 
-def small(config_class, model_class, **shape):
-    torch.manual_seed(0)
-    config = config_class(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, initializer_range=0.3, **shape)
-    return model_class(config).eval()
+SMALL = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 
 
 @pytest.fixture(scope="module")
 def gpt2():
-    return small(GPT2Config, GPT2LMHeadModel, n_positions=64, n_layer=2, n_head=2, n_embd=32)
+    torch.manual_seed(0)
+    config = GPT2Config(n_positions=64, n_layer=2, n_head=2, n_embd=32, initializer_range=0.3, **SMALL)
+    return GPT2LMHeadModel(config).eval()
+
+
+def architecture(model_type: str, **more):
+    """A tiny random model of the library, of any architecture."""
+    torch.manual_seed(0)
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "max_position_embeddings": 64}
+    narrow = {"word_embed_proj_dim": 32, "ffn_dim": 64} if model_type == "opt" else {"intermediate_size": 64}
+    narrow = {} if model_type == "gptj" else narrow
+    keys = {"num_key_value_heads": 2} if model_type in ("llama", "mistral", "qwen2", "qwen3", "olmo2") else {}
+    rotary = {"gptj": {"rotary_dim": 4}}.get(model_type, {})
+    config = AutoConfig.for_model(model_type, **SMALL, **shape, **narrow, **keys, **rotary, **more)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():  # so large that what a token sees matters
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
 
 
 def item(context: list[int], choices: list[list[int]]) -> Sequences:
@@ -93,3 +108,31 @@ def test_what_inputs_share_is_computed_once():
     assert len(tree.tokens) == 60 + 2 * (1 + 1 + 2)  # a question and what precedes the last token of each end
     unshared = make_trees(queries, n_embd=768, share=False)
     assert [len(row.tokens) for row in unshared] == [62, 63, 62, 63]  # an input that begins another is inside it
+
+
+OTHERS = {"bloom": {}, "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8}}
+TREES = {model_type: {} for model_type in sorted({*TREE_MODELS} - {"gpt2", "gpt2repro", "mistral"})}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more"),
+    [*TREES.items(), *OTHERS.items(), ("mistral", {"sliding_window": None}), ("mistral", {"sliding_window": 8})],
+)
+def test_every_architecture_has_the_scores_of_forwards_of_its_own(model_type, more):
+    model = architecture(model_type, **more)
+    items = ragged_items(24)
+    for result, expected in zip(in_order(score_items(model, items)), one_at_a_time(model, items), strict=True):
+        assert result["scores"] == pytest.approx(expected, abs=1e-3, nan_ok=True)
+
+
+@pytest.mark.parametrize("kind", ["LoraConfig", "PromptTuningConfig"])
+def test_an_adapter_and_a_learned_prompt_are_part_of_the_scores(gpt2, kind):
+    peft = pytest.importorskip("peft")
+    options = {"LoraConfig": {"target_modules": ["c_attn"], "init_lora_weights": False}}
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", **options.get(kind, {"num_virtual_tokens": 3}))
+    model = peft.get_peft_model(copy.deepcopy(gpt2), config).eval()
+    items = ragged_items(8)
+    results, plain = in_order(score_items(model, items)), one_at_a_time(gpt2, items)
+    for result, expected in zip(results, one_at_a_time(model, items), strict=True):
+        assert result["scores"] == pytest.approx(expected, abs=1e-4, nan_ok=True)
+    assert results[0]["scores"] != pytest.approx(plain[0], abs=1e-2, nan_ok=True)
