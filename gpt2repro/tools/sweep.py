@@ -4,9 +4,10 @@
 
 Each run is a process of train_accelerate.py with its own folder, OUTPUT/FIELD=VALUE,…,seed=N. The same command again
 skips finished runs and resumes the others. The seeds are the recipe's and those after it, or those of --set seed=…
-When a run fails, the other seeds of its setting are left out. Afterwards OUTPUT holds sweep.json and sweep.png. Other
-flags are fields of the recipe, the same for all runs. On a CPU several runs at a time (--jobs), each on its share of
-the cores, have more throughput than one run on all cores.
+When a run fails, the other seeds of its setting are left out. Afterwards OUTPUT holds sweep.json and sweep.png. The
+table compares every setting with the best one, seed by seed. Other flags are fields of the recipe, the same for all
+runs. On a CPU several runs at a time (--jobs), each on its share of the cores, have more throughput than one run on
+all cores.
 """
 
 from gpt2repro import command
@@ -39,6 +40,9 @@ from gpt2repro.run.folder import RunFolder
 SCRIPT = Path(__file__).resolve().parents[2] / "train_accelerate.py"
 
 Setting = dict[str, str]  # the fields of --set with one value each
+
+# Student's t at 97.5 % for 1 to 9 degrees of freedom; with more, the last is a little too large.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def grid(settings: list[str]) -> list[Setting]:
@@ -104,22 +108,43 @@ def run(recipe: Recipe, jobs: int = 1) -> None:
         raise ValueError(f"{recipe.output_dir} failed ({last}), see {log}")
 
 
-def summarise(setting: Setting, folders: list[str]) -> dict[str, Any]:
-    """The final validation losses of a setting's finished runs: each, their mean and their standard deviation."""
-    curves = [[(row["tokens"], row["loss"]) for row in RunFolder(folder).rows()
-               if row["kind"] == "val" and row["loss"] is not None] for folder in folders]  # fmt: skip
-    losses = [curve[-1][1] for curve in curves if curve]
+def summarise(setting: Setting, runs: dict[int, str]) -> dict[str, Any]:
+    """The final validation losses of a setting's finished runs (folders by seed), their mean and their deviation."""
+    rows = {seed: [row for row in RunFolder(folder).rows() if row["kind"] == "val" and row["loss"] is not None]
+            for seed, folder in runs.items()}  # fmt: skip
+    curves = {seed: [(row["tokens"], row["loss"]) for row in found] for seed, found in rows.items() if found}
+    losses = [curve[-1][1] for curve in curves.values()]
     mean, std = fmean(losses) if losses else None, stdev(losses) if len(losses) > 1 else None
-    return {"setting": setting, "runs": folders, "losses": losses, "mean": mean, "std": std, "curves": curves}
+    return {
+        "setting": setting, "runs": [*runs.values()], "seeds": [*curves], "losses": losses, "mean": mean, "std": std,
+        "curves": [*curves.values()],
+    }  # fmt: skip
+
+
+def difference(result: dict[str, Any], best: dict[str, Any]) -> str:
+    """How much higher the losses of one setting are than another's for the same seeds: mean and 95 % interval."""
+    others = dict(zip(best["seeds"], best["losses"], strict=True))
+    pairs = zip(result["seeds"], result["losses"], strict=True)
+    differences = [loss - others[seed] for seed, loss in pairs if seed in others]
+    if result is best or len(differences) < 2:
+        return "–"
+    mean, degrees = fmean(differences), len(differences) - 1
+    margin = T_QUANTILES[min(degrees, len(T_QUANTILES)) - 1] * stdev(differences) / len(differences) ** 0.5
+    told = "" if abs(mean) > margin else "no difference can be told: "
+    return f"{told}{mean:+.4f} ({mean - margin:+.4f} to {mean + margin:+.4f})"
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """The settings, best first, as lines of a Markdown table."""
-    names = list(results[0]["setting"])
-    lines = [[*names, "final validation loss", "standard deviation", "seeds"], ["---"] * (len(names) + 3)]
-    for result in sorted(results, key=lambda result: (result["mean"] is None, result["mean"])):
+    names, columns = list(results[0]["setting"]), ["final validation loss", "standard deviation", "seeds"]
+    several = len(results) > 1
+    head = [*names, *columns, *(["difference from the best (95 % interval)"] if several else [])]
+    lines = [head, ["---"] * len(head)]
+    ordered = sorted(results, key=lambda result: (result["mean"] is None, result["mean"]))
+    for result in ordered:
         mean, std = (f"{result[key]:.4f}" if result[key] is not None else "–" for key in ("mean", "std"))
-        lines.append([*result["setting"].values(), mean, std, str(len(result["losses"]))])
+        compared = [difference(result, ordered[0])] if several else []
+        lines.append([*result["setting"].values(), mean, std, str(len(result["losses"])), *compared])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -162,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
                 failed.append(setting)
                 command.explain(error)
                 return False
-            mean = summarise(setting, [recipe.output_dir])["mean"]
+            mean = summarise(setting, {recipe.seed: recipe.output_dir})["mean"]
             print(f"{recipe.output_dir}: {'no validation' if mean is None else f'{mean:.4f}'}", flush=True)
             return True
 
@@ -171,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         if not any(finished):
             return 1  # an earlier sweep.json stays
         by_setting = itertools.groupby(zip(plan, finished, strict=True), key=lambda pair: pair[0][0])
-        results = [summarise(setting, [recipe.output_dir for (_, recipe), ok in group if ok])
+        results = [summarise(setting, {recipe.seed: recipe.output_dir for (_, recipe), ok in group if ok})
                    for setting, group in by_setting]  # fmt: skip
         write_whole(output / "sweep.json", json.dumps(results, indent=1) + "\n")
         draw(results, output / "sweep.png")

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from statistics import fmean, stdev
 
+import numpy as np
 import pytest
 import yaml
 
 from gpt2repro.recipe import Recipe
-from gpt2repro.tools.sweep import grid, main, plan_runs, table
+from gpt2repro.tools.sweep import difference, grid, main, plan_runs, table
 from tests.conftest import ENVIRONMENT, ROOT, TINY, train_rows
 
 VALUES = ("0.001", "0.003")
@@ -117,10 +118,33 @@ def test_every_run_has_a_folder_of_its_own_name_inside_the_output():
     assert folders == [f"runs/x/init_from={name},seed={seed}" for name in (".._a", "_b_c") for seed in (1337, 1338)]
 
 
+def result(name: str, losses: dict[int, float]) -> dict:
+    """A setting's summary with the final losses of some seeds."""
+    mean, std = fmean(losses.values()) if losses else None, stdev(losses.values()) if len(losses) > 1 else None
+    return {"setting": {"lr": name}, "mean": mean, "std": std, "seeds": [*losses], "losses": [*losses.values()]}
+
+
 def test_a_setting_whose_runs_failed_stands_last_in_the_table():
-    sound = {"setting": {"lr": "1"}, "mean": 3.0, "std": None, "losses": [3.0]}
-    broken = {"setting": {"lr": "9"}, "mean": None, "std": None, "losses": []}
-    assert table([broken, sound]).splitlines()[2:] == ["| 1 | 3.0000 | – | 1 |", "| 9 | – | – | 0 |"]
+    lines = table([result("9", {}), result("1", {1337: 3.0})]).splitlines()
+    assert lines[2:] == ["| 1 | 3.0000 | – | 1 | – |", "| 9 | – | – | 0 | – |"]
+
+
+def test_a_setting_is_compared_with_the_best_seed_by_seed_as_by_a_paired_t_test():
+    rng = np.random.default_rng(0)
+    best = {seed: 3.0 + rng.normal() for seed in range(5)}  # the seeds differ much, the settings do not
+    worse = {seed: loss + 0.02 + 0.005 * rng.normal() for seed, loss in best.items()}
+    differences = np.array([worse[seed] - best[seed] for seed in best])
+    margin = 2.776445 * differences.std(ddof=1) / 5**0.5  # the t distribution's 97.5 % point with 4 degrees
+    mean = differences.mean()
+    expected = f"| {mean:+.4f} ({mean - margin:+.4f} to {mean + margin:+.4f}) |"
+    assert table([result("2", worse), result("1", best)]).splitlines()[3].endswith(expected)
+
+
+def test_a_difference_is_told_only_if_its_interval_leaves_zero_out():
+    best, other = {1: 3.0, 2: 3.1, 3: 3.2}, {1: 3.2, 2: 3.0, 3: 3.25, 4: 9.0}  # seed 4 has no partner
+    assert "no difference can be told: +0.0500 (" in difference(result("2", other), result("1", best))
+    assert difference(result("2", {1: 3.5}), result("1", best)) == "–"
+    assert difference(result("2", {1: 3.5, 2: 3.6, 3: 3.7}), result("1", best)) == "+0.5000 (+0.5000 to +0.5000)"
 
 
 def test_a_run_that_was_stopped_is_the_last_one_that_starts(sweep, monkeypatch):
