@@ -12,7 +12,9 @@ from typing import Any
 from gpt2repro.hub import upload
 from gpt2repro.hub.card import model_card
 from gpt2repro.hub.publish import gather
+from gpt2repro.recipe import Recipe
 
+AGAIN = "run the same command again to push it"
 PUSH_WAIT_SECONDS = 600  # how long the end of a run waits for its last checkpoint: 500 MB at 1 MB/s, and a margin
 
 
@@ -21,21 +23,39 @@ class BackgroundPush:
 
     A push is a process: a thread (huggingface_hub's run_as_future) would keep the interpreter from ending for as long
     as a dead connection lasts. Of the checkpoints that are submitted during a push, the newest is pushed next and the
-    others are left out. The files are linked into a hidden folder first, so the run may delete the checkpoint. Used on
-    the main process only.
+    others are left out. The files are linked into a hidden folder first, so the run may delete the checkpoint. A push
+    ends with its run, also when that is killed, and the next start makes up for it (`catch_up`). So a push never comes
+    after one of a newer checkpoint. Used on the main process only.
 
     Raises:
         ValueError: no network, no token, or no right to write to the repository.
     """
 
-    def __init__(self, repo_id: str, *, run_dir: Path) -> None:
-        self.repo_id = upload.writable_repo(repo_id)
+    def __init__(self, recipe: Recipe, *, run_dir: Path) -> None:
+        assert recipe.hub_repo_id
+        self.repo_id = upload.writable_repo(recipe.hub_repo_id)
+        self._every, self._last = recipe.hub_every, recipe.max_steps
         self._run_dir = run_dir
         self._process: subprocess.Popen | None = None
         self._folder: Path | None = None  # of the process
         self._began = 0.0
         self._waiting: Path | None = None
         self._rows: list[dict[str, Any]] = []
+
+    def is_due(self, step: int) -> bool:
+        """Whether the checkpoint of a step is to be pushed: every `hub_every` steps, and the last."""
+        return step == self._last or bool(self._every and step % self._every == 0)
+
+    def catch_up(self, checkpoint: Path | None, *, step: int, rows: list[dict[str, Any]]) -> None:
+        """Push the checkpoint that the run resumes from, if one was due up to it that did not reach the Hub.
+
+        `rows` are those of metrics.jsonl up to its step. A checkpoint of another run is not pushed.
+        """
+        if checkpoint and checkpoint.parent == self._run_dir.resolve():
+            here = [row for row in rows if row["kind"] == "push" and f"/{self.repo_id}/" in row.get("url", "")]
+            pushed = max((row["checkpoint_step"] for row in here), default=0)
+            if any(self.is_due(due) for due in range(pushed + 1, step + 1)):
+                self.submit(checkpoint)
 
     def submit(self, checkpoint: Path) -> None:
         """Push a checkpoint that was just saved, as soon as the running push has ended."""
@@ -74,9 +94,9 @@ class BackgroundPush:
             rows += self.finished()
         if self._process:
             self._process.kill()
-            self._end("not finished when the run ended")
+            self._end(f"not finished when the run ended, {AGAIN}")
         if self._waiting:
-            self._report(self._waiting, error="not begun when the run ended")
+            self._report(self._waiting, error=f"not begun when the run ended, {AGAIN}")
         return rows + self.finished()
 
     def _start_next(self) -> None:
@@ -89,15 +109,17 @@ class BackgroundPush:
         environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         try:
             with open(folder / "output", "w") as output:
-                streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+                # Standard input is never written to; it closes when this process ends.
+                streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": output, "stderr": output}
                 self._process = subprocess.Popen(command, **streams, env=environment, start_new_session=True)
             self._folder, self._began = folder, time.perf_counter()
         except OSError as error:
             self._report(folder, error=str(error))
 
     def _end(self, problem: str | None = None) -> None:
-        assert self._process and self._folder
+        assert self._process and self._process.stdin and self._folder
         failed = self._process.wait() != 0
+        self._process.stdin.close()
         lines = (self._folder / "output").read_text(encoding="utf-8", errors="replace").split("\n")
         last = next((line for line in reversed(lines) if line), "no output").removeprefix("error: ")
         outcome = {"error": problem or last} if failed else {"url": last}

@@ -2,16 +2,21 @@
 
     python gpt2repro/hub/upload.py FOLDER OWNER/NAME MESSAGE
 
-is what a run starts in the background, so this file imports nothing but the Hub's library.
+is what a run starts in the background, so this file imports nothing but the Hub's library. It ends when its standard
+input is closed: with the run, however that ends.
 """
 
+import os
 import sys
+import threading
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import http_backoff
 
 # Files that an older upload may have and this one not: `from_pretrained` might load them.
+TRIES = 5
 REPLACED = ["*.safetensors", "*.safetensors.index.json", "*_gpt2repro.py", "curves.png"]
 
 
@@ -52,20 +57,32 @@ def writable_repo(repo_id: str, *, private: bool = True) -> str:
 def upload(folder: str | Path, repo_id: str, *, message: str) -> str:
     """Upload the files of a folder in one commit; returns its address.
 
-    A second try after a failure sends only what is missing, and nothing is visible before the commit.
+    A second try after a failure sends only what is missing, and nothing is visible before the commit. A commit names
+    the one that it follows, so one that was on its way when its run was killed comes before those of the next start of
+    the run or not at all.
 
     Raises:
         ValueError: it did not work, and why.
     """
-    try:
-        commit = HfApi().upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=REPLACED
-        )
-    except Exception as error:  # of the HTTP library, of xet, of the Hub
-        raise ValueError(
-            f"the upload to {repo_id} failed ({one_line(error)}): publish again, only what is missing is sent"
-        ) from error
-    return commit.commit_url
+    for tries in range(1, TRIES + 1):
+        try:
+            commit = HfApi().upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=REPLACED,
+                parent_commit=HfApi().model_info(repo_id).sha,
+            )
+            return commit.commit_url
+        except Exception as error:  # of the HTTP library, of xet, of the Hub
+            if isinstance(error, HfHubHTTPError) and error.response.status_code == 412 and tries < TRIES:
+                continue  # another commit came first
+            raise ValueError(
+                f"the upload to {repo_id} failed ({one_line(error)}): publish again, only what is missing is sent"
+            ) from error
+    raise AssertionError
+
+
+def end_with_the_run() -> None:
+    sys.stdin.read()
+    os._exit(1)
 
 
 def one_line(error: BaseException) -> str:
@@ -75,6 +92,7 @@ def one_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
+    threading.Thread(target=end_with_the_run, daemon=True).start()
     try:
         print(upload(sys.argv[1], sys.argv[2], message=sys.argv[3]))
     except ValueError as failure:

@@ -137,8 +137,12 @@ class StubHub:
                  "oid": self._oid(files[file["path"]]) if file["path"] in files else None}
                 for file in json.loads(body)["files"]
             ]}, {}  # fmt: skip
+        if call.startswith("commits/"):
+            return 200, [{"title": title} for title in reversed(self.commits)], {}
         if call.startswith("commit/"):
             lines = [json.loads(line) for line in body.splitlines()]
+            if lines[0]["value"].get("parentCommit") not in (None, self._head(repo)):
+                return 412, {"error": "A commit has happened since. Please refresh and try again."}, {}
             self.commits.append(lines[0]["value"]["summary"])
             for line in lines[1:]:
                 value = line["value"]

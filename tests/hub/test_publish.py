@@ -1,5 +1,6 @@
 """Publishing: the card, the folder, uploads to a Hub on loopback by the real client, pushes from inside a run."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
@@ -19,8 +21,9 @@ from eval.validation import main as validate
 from gpt2repro.hub import push
 from gpt2repro.hub.convert import convert
 from gpt2repro.hub.publish import main
-from gpt2repro.hub.push import BackgroundPush
-from tests.conftest import ROOT, train_rows
+from gpt2repro.hub.push import AGAIN, BackgroundPush
+from gpt2repro.recipe import Recipe
+from tests.conftest import ROOT, train_rows, wait_until
 from tests.test_train import assert_same_bits
 
 OURS = {
@@ -29,6 +32,7 @@ OURS = {
 }  # fmt: skip
 STOCK = {name for name in OURS if not name.endswith(".py")}
 TOKENS = torch.randint(512, (2, 32), generator=torch.Generator().manual_seed(1))
+RECIPE = Recipe(hub_repo_id="me/model", hub_every=2, max_steps=9)
 ITEMS = [{"goal": "To open a file,", "sol1": "call open.", "sol2": "call close.", "label": n % 2} for n in range(6)]
 
 
@@ -102,14 +106,16 @@ def test_the_cards_numbers_are_those_in_the_files(train_script, tiny_dataset, tm
     assert str(tmp_path) not in str(card) and str(tiny_dataset.parent) not in str(card) and str(ROOT) not in str(card)
 
 
-def test_a_figure_of_another_or_an_older_checkpoint_is_left_out(run, tmp_path):
-    figure = {"model": str(run / "latest"), "task": "piqa", "style": "harness", "acc": 0.75, "n": 100}
-    (run / "piqa.json").write_text(json.dumps(figure))
-    assert values(card_of(run, tmp_path))["piqa", "acc"] == 0.75
-    os.utime(run / "piqa.json", (1, 1))  # measured when `latest` was something else
-    assert ("piqa", "acc") not in values(card_of(run, tmp_path))
-    (run / "piqa.json").write_text(json.dumps({**figure, "model": str(run / "step-00000006")}))
-    assert ("piqa", "acc") not in values(card_of(run, tmp_path))
+def test_a_figure_of_other_weights_or_of_unknown_ones_is_left_out(run, tmp_path):
+    weights = hashlib.sha256((run / "latest" / "model.safetensors").read_bytes()).hexdigest()
+    figure = {"model": "anywhere", "weights_sha256": weights, "task": "piqa", "acc": 0.75, "n": 100}
+    for place in (run / "piqa.json", run / "latest" / "piqa.json"):
+        place.write_text(json.dumps(figure))
+        assert values(card_of(run, tmp_path))["piqa", "acc"] == 0.75
+        for other in ({"weights_sha256": "0" * 64}, {"weights_sha256": None, "model": str(run / "latest")}):
+            place.write_text(json.dumps({**figure, **other}))
+            assert ("piqa", "acc") not in values(card_of(run, tmp_path))
+        place.unlink()
 
 
 def test_a_dataset_of_the_hub_is_named_in_the_metadata(run, tmp_path):
@@ -323,7 +329,7 @@ def test_of_checkpoints_that_come_during_a_push_the_newest_is_next(run, hub):
 
     hub.trouble = hold_the_weights
     (run / ".push-step-00000003").mkdir()  # of a run that was killed
-    pushes = BackgroundPush("me/model", run_dir=run)
+    pushes = BackgroundPush(RECIPE, run_dir=run)
     shutil.copytree(run / "step-00000006", run / "step-00000007")
     for step in ("step-00000006", "step-00000007", "step-00000008"):
         pushes.submit(run / step)
@@ -347,7 +353,7 @@ def test_a_push_that_hangs_is_ended_when_the_run_ends_or_is_stopped(run, hub, mo
             hanging.set()
             return "hang"
 
-    pushes = BackgroundPush("me/model", run_dir=run)
+    pushes = BackgroundPush(RECIPE, run_dir=run)
     hub.trouble = hang
     pushes.submit(run / "step-00000006")
     pushes.submit(run / "step-00000008")
@@ -358,13 +364,13 @@ def test_a_push_that_hangs_is_ended_when_the_run_ends_or_is_stopped(run, hub, mo
     rows = pushes.wait(stopped=end == "stopped", give_up=lambda: end == "signal")
     assert time.monotonic() - began < 60  # and not 600, nor as long as the Hub hangs
     assert [(row["checkpoint_step"], row["error"]) for row in rows] == [
-        (6, "not finished when the run ended"), (8, "not begun when the run ended"),
+        (6, f"not finished when the run ended, {AGAIN}"), (8, f"not begun when the run ended, {AGAIN}"),
     ]  # fmt: skip
     assert not list(run.glob(".push-*"))
 
 
 def test_a_push_that_cannot_even_start_is_reported_and_no_more(run, hub, monkeypatch):
-    pushes = BackgroundPush("me/model", run_dir=run)
+    pushes = BackgroundPush(RECIPE, run_dir=run)
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     pushes.submit(run / "step-00000006")
     (run / "step-00000008" / "config.json").unlink()
@@ -406,6 +412,100 @@ def test_a_run_whose_hub_dies_in_the_middle_ends_well_and_says_so(train_script, 
     assert len([row for row in rows if row["kind"] == "push" and row["error"]]) == len(warnings)
     assert_same_bits(tmp_path / "run", unbroken_run)
     assert hub.files["me/model"] == {}
+
+
+def test_the_push_of_a_run_that_was_killed_comes_before_those_of_its_next_start_or_not_at_all(run, hub):
+    hub.files["me/model"] = {}
+    asked, released, replied = threading.Event(), threading.Event(), threading.Event()
+    reply = hub.reply
+
+    def hold_the_first_commit(method, path, *rest):
+        if "/commit/" not in path or asked.is_set():
+            return reply(method, path, *rest)
+        asked.set()
+        released.wait(600)
+        outcome = reply(method, path, *rest)
+        replied.set()
+        return outcome
+
+    hub.reply = hold_the_first_commit
+    killed = BackgroundPush(RECIPE, run_dir=run)
+    killed.submit(run / "step-00000006")
+    assert asked.wait(600)
+    killed._process.kill()  # its request has arrived
+    pushes = BackgroundPush(RECIPE, run_dir=run)
+    pushes.submit(run / "step-00000008")
+    (row,) = pushed(pushes, 1)
+    assert "url" in row, row
+    released.set()
+    assert replied.wait(600)
+    assert hub.commits == ["Upload step-00000008"]
+    assert hub.files["me/model"]["model.safetensors"] == (run / "step-00000008" / "model.safetensors").read_bytes()
+
+
+def test_a_push_that_somebody_elses_commit_preceded_follows_it(run, hub):
+    hub.files["me/model"] = {}
+
+    def edit_the_card_first(method, path):
+        if "/commit/" in path:
+            hub.files["me/model"].setdefault("NOTES.md", b"edited on the Hub")
+
+    hub.trouble = edit_the_card_first
+    pushes = BackgroundPush(RECIPE, run_dir=run)
+    pushes.submit(run / "step-00000008")
+    assert "url" in pushed(pushes, 1)[0]
+    assert hub.commits == ["Upload step-00000008"] and set(hub.files["me/model"]) == {*OURS, "NOTES.md"}
+
+
+def test_a_push_ends_with_a_run_that_is_killed_and_the_same_command_pushes_what_is_missing(
+    train_script, hub, tmp_path
+):
+    at_the_commit = threading.Event()
+
+    def hang_at_the_commit(method, path):
+        if "/commit/" in path:
+            at_the_commit.set()
+            return "hang"
+
+    hub.trouble = hang_at_the_commit
+    process = train_script.start(tmp_path / "run", env=os.environ, hub_repo_id="me/model")
+    wait_until(at_the_commit.is_set, process)  # of the last checkpoint, when nothing else is left to do
+    (push_process,) = psutil.Process(process.pid).children()
+    process.kill()
+    assert psutil.wait_procs([push_process], timeout=60)[1] == []
+    hub.trouble = lambda method, path: None
+    assert "push of step 8 to" in train_script(tmp_path / "run", env=os.environ, hub_repo_id="me/model")
+    weights = (tmp_path / "run" / "latest" / "model.safetensors").read_bytes()
+    assert hub.commits == ["Upload step-00000008"] and hub.files["me/model"]["model.safetensors"] == weights
+    assert " push of step" not in train_script(tmp_path / "run", env=os.environ, hub_repo_id="me/model")
+    assert len(hub.commits) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "step", "expected"),
+    [
+        ([], 1, False),  # step 2 is the first
+        ([], 3, True),
+        ([(2, "https://hub/me/model/commit/1")], 3, False),
+        ([(2, "https://hub/me/model/commit/1")], 5, True),
+        ([(2, "https://hub/me/other/commit/1")], 3, True),
+        ([(2, None)], 3, True),
+        ([(8, "https://hub/me/model/commit/1")], 8, False),
+        ([(8, "https://hub/me/model/commit/1")], 9, True),  # the last of the run
+    ],
+)
+def test_a_resumed_run_pushes_if_a_checkpoint_that_was_due_did_not_reach_the_hub(
+    run, hub, monkeypatch, rows, step, expected
+):
+    pushes = BackgroundPush(RECIPE, run_dir=run)
+    submitted = []
+    monkeypatch.setattr(pushes, "submit", submitted.append)
+    rows = [{"kind": "push", "checkpoint_step": at, **({"url": url} if url else {"error": "x"})} for at, url in rows]
+    pushes.catch_up(run / "step-00000008", step=step, rows=rows)
+    assert submitted == ([run / "step-00000008"] if expected else [])
+    pushes.catch_up(run.parent / "other" / "step-00000008", step=step, rows=rows)
+    pushes.catch_up(None, step=0, rows=[])
+    assert len(submitted) == expected
 
 
 def test_a_run_that_may_not_push_is_refused_before_it_begins(train_script, hub, tmp_path, monkeypatch, capsys):
