@@ -127,7 +127,7 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
         profiler = step_profiler(folder.profile, steps=recipe.profile_steps, left=left, device=device, show=log.show)
 
     def evaluate(step: int) -> None:
-        for kind, values in evaluation(step, raw, averaged_weights(optimizer.optimizer)):
+        for kind, values in evaluation(step, raw, averaged_weights(raw, optimizer.optimizer)):
             log.write(step, kind, **values)
 
     # Evaluate before the first step, so that what cannot work fails now. After a resume this is done already, unless

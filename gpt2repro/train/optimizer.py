@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from gpt2repro.recipe import Recipe
@@ -91,8 +92,8 @@ class SideBySide(torch.optim.Optimizer):
 
 
 @contextmanager
-def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside, the parameters have the values of their moving averages."""
+def averaged_weights(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, the parameters of `model` have the values of their moving averages."""
 
     @torch.no_grad()
     def swap() -> None:
@@ -100,6 +101,9 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             average = state["ema"].clone()
             state["ema"].copy_(parameter)
             parameter.copy_(average)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # else the next forward takes the values that the last one gathered
 
     swap()
     try:

@@ -40,7 +40,9 @@ def test_after_the_warmup_warmup_stable_decay_is_the_librarys_at_every_step(sche
     assert [lr_at(step, recipe) for step in range(20, 401)] == pytest.approx(expected[20:], rel=1e-9)
 
 
-@pytest.mark.parametrize(("schedule", "halfway"), [("wsd_linear", 0.5), ("wsd_sqrt", 1 - 0.5**0.5)])
+@pytest.mark.parametrize(
+    ("schedule", "halfway"), [("wsd_linear", 0.5), ("wsd_sqrt", 1 - 0.5**0.5), ("wsd_concave", 0.75)]
+)
 def test_warmup_stable_decay_holds_the_peak_and_then_falls_by_its_formula(schedule, halfway):
     recipe = Recipe(max_steps=1000, warmup_steps=10, learning_rate=1.0, min_lr_ratio=0.0, schedule=schedule)
     assert {lr_at(step, recipe) for step in range(10, 801)} == {1.0}
