@@ -104,7 +104,7 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
 
     def take_folder() -> None:
         nonlocal log, pushes
-        pushes = BackgroundPush(recipe.hub_repo_id, run_dir=folder.path) if recipe.hub_repo_id else None
+        pushes = BackgroundPush(recipe, run_dir=folder.path) if recipe.hub_repo_id else None
         folder.claim(recipe, **facts, world_size=world_size)
         folder.resume_from(checkpoint, step=start_step)
         log = folder.open_metrics(recipe, step=start_step)
@@ -115,6 +115,8 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
     log.show(f"{recipe.output_dir}: step {start_step} to {recipe.max_steps}{resumed}")
     log.show(description(recipe, accelerator, raw, data, compiled=compiled, loss_impl=loss_impl))
     log.show(checked)
+    if pushes:
+        pushes.catch_up(checkpoint, step=start_step, rows=rows)
 
     # ---- the loop ------------------------------------------------------------------------------------------
     stop, bad_steps = StopSignal(), BadSteps(recipe, rows)
@@ -173,7 +175,7 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
             log.write(step, "checkpoint", seconds=time.perf_counter() - began)
         evaluate(step)  # after the save: an evaluation that fails loses no step
         if pushes:
-            if newest and (step == recipe.max_steps or (recipe.hub_every and step % recipe.hub_every == 0)):
+            if newest and pushes.is_due(step):
                 pushes.submit(newest)
             for row in pushes.finished():
                 log.write(step, "push", **row)
