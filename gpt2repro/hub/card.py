@@ -90,7 +90,7 @@ def _training_facts(state: dict, run: dict, rows: list[dict], text: str) -> list
 
 def _parameters(folder: Path) -> int:
     count = 0
-    for file in folder.glob("model*.safetensors"):
+    for file in {*folder.glob("model*.safetensors")} - {*folder.glob("model.ema.safetensors")}:
         with safe_open(file, framework="pt") as tensors:
             count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
     return count

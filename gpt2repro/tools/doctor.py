@@ -168,14 +168,15 @@ def known_rate(n_parameters: int) -> float:
 
 def check_learning_rate(recipe: Recipe, n_parameters: int) -> Check:
     peak, known = max(recipe.learning_rate, recipe.muon_learning_rate or 0.0), known_rate(n_parameters)
-    low, high = 0.0 if recipe.init_from else known / 10, known * 5
+    low, high = 0.0 if recipe.init_from else known / 10, known * (10 if recipe.optimizer == "muon" else 5)
     expected = f"{low:.2g} to {high:.2g}; GPT-3's rate for {n_parameters:,} parameters is about {known:.2g}"
     return Check("learning rate", low <= peak <= high, f"{peak:.2g}", expected)
 
 
 def check_warmup(recipe: Recipe) -> Check:
     share = lr_at(0, recipe) / (recipe.learning_rate or math.inf)
-    most = 0.5 if recipe.init_from else 0.1
+    # The update of a matrix by Muon has the same size from the first step on.
+    most = 1.0 if recipe.optimizer == "muon" else 0.5 if recipe.init_from else 0.1
     return Check("warm-up", share <= most, f"the first step has {share:.1%} of the peak", f"at most {most:.0%}")
 
 
