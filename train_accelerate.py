@@ -150,7 +150,12 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
         stopping = torch.full((), float(stop.wanted()), device=device)
         sums = accelerator.reduce(torch.stack([loss_sum / world_size, stopping]), "sum")
         loss, stopping_ranks, grad_norm = torch.cat([sums, norm.detach().reshape(1).to(sums)]).tolist()
-        if bad := bad_steps.reason(step, loss, grad_norm):
+        if accelerator.scaler and bad_steps.overflowed(step, loss, grad_norm):  # fp16
+            accelerator.scaler.update()
+            log.write(step, "overflow", loss_scale=accelerator.scaler.get_scale())
+        elif bad := bad_steps.reason(step, loss, grad_norm):
+            if accelerator.scaler:
+                accelerator.scaler.update()
             log.write(step, "bad_step", reason=bad, window_starts=data.loader.window_starts(step - 1).tolist())
         else:
             optimizer.step()
@@ -229,7 +234,7 @@ def description(recipe: Recipe, accelerator: Accelerator, raw, data, *, compiled
         f"{recipe.micro_batch_size} sequences x {recipe.seq_len} tokens\n"
         + memory_report(
             recipe, raw.config, accelerator.device, processes=processes, n_parameters=raw.num_parameters(),
-            bf16=precision == "bf16", chunked_loss=loss_impl == "chunked",
+            bf16=precision != "no", chunked_loss=loss_impl == "chunked",
             shards=processes if accelerator.is_fsdp2 else 1,
         )
     )  # fmt: skip

@@ -44,7 +44,7 @@ CHOICES = {
     "optimizer": ("adamw", "muon"),
     "schedule": ("cosine", "constant", "wsd_linear", "wsd_sqrt", "wsd_concave"),
     "on_bad_step": ("skip", "stop"),
-    "mixed_precision": ("auto", "no", "bf16"),
+    "mixed_precision": ("auto", "no", "bf16", "fp16"),
     "compile": ("auto", "true", "false"),
     "compile_mode": ("default", "max-autotune-no-cudagraphs"),
     "attn_implementation": ("sdpa", "eager", "flash_attention_2", "flex_attention"),
@@ -110,12 +110,12 @@ class Recipe:
     shuffle: bool = _option(True, "a new permutation of all windows every epoch; false reads them in order")
     # speed and memory
     mixed_precision: str = _option("auto", "auto takes the launcher's, else the device's best")
-    compile: str = _option("auto", "torch.compile; auto takes the launcher's, else true on CUDA")
+    compile: str = _option("auto", "torch.compile; auto takes the launcher's, else the device's choice")
     compile_mode: str = _option("default", "mode of torch.compile; the other tries more kernels")
     attn_implementation: str = _option("sdpa", "attention kernels")
-    loss_impl: str = _option("auto", "chunked holds the logits of an eighth of the tokens; auto: chunked on CUDA")
+    loss_impl: str = _option("auto", "chunked holds the logits of an eighth of the tokens; auto: on accelerators")
     gradient_checkpointing: bool = _option(False, "recompute activations: less memory, about a third more time")
-    profile_steps: int = _option(0, "steps to profile after the fourth, into output_dir/profile.json", least=0)
+    profile_steps: int = _option(0, "steps to profile after the first four, into output_dir/profile.json", least=0)
     # cadence
     eval_every: int = _option(250, "steps between validations; 0 is never", least=0)
     eval_tokens: int = _option(10_485_760, "tokens in a validation (build-nanogpt: 20 batches of 524,288)", least=1)
@@ -198,6 +198,8 @@ class Recipe:
             yield f"hub_every is {self.hub_every} without a hub_repo_id: give OWNER/NAME, or leave it out"
         if self.hub_every % max(1, self.save_every):
             yield f"hub_every={self.hub_every} is not a multiple of save_every={self.save_every}: change one"
+        if self.keep_every % max(1, self.save_every):
+            yield f"keep_every={self.keep_every} is not a multiple of save_every={self.save_every}: change one"
 
     def _batch_problems(self, world_size: int) -> typing.Iterator[str]:
         if min(self.seq_len, self.global_batch_tokens, self.micro_batch_size) >= 1:

@@ -2,12 +2,16 @@
 
 The file $PAUSE_AT names the place: "step 5" (its beginning), "validation" or "save" (the first one, in the middle of
 it). A process that reaches it writes $PAUSE_AT.RANK and waits until $PAUSE_AT is deleted or a signal asks it to stop.
+$LOSS_SCALE is the scale that fp16 begins with; it then doubles after every second good step.
 """
 
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -43,6 +47,8 @@ def pausing(function, place):
 
 
 if __name__ == "__main__":
+    if scale := os.environ.get("LOSS_SCALE"):
+        torch.amp.GradScaler = partial(torch.amp.GradScaler, init_scale=float(scale), growth_interval=2)
     train_accelerate.StopSignal = KnownStopSignal
     train_accelerate.lr_at = pausing(train_accelerate.lr_at, lambda step: f"step {step + 1}")  # it counts from 0
     in_training.validation_loss = pausing(in_training.validation_loss, lambda model: "validation")

@@ -232,7 +232,7 @@ def test_weights_of_another_shape_are_refused(refused, unbroken_run):
 @pytest.mark.parametrize(
     ("variable", "value", "fields", "expected"),
     [
-        ("ACCELERATE_MIXED_PRECISION", "fp16", {}, "this loop has no loss scaling"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", {}, "mixed_precision=fp8: ask for bf16, fp16 or no"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", {"mixed_precision": "no"}, "mixed_precision is no in the recipe"),
         (
             "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
@@ -279,7 +279,7 @@ MISTAKES = [
     ({"keep_last": -1}, 1, "keep_last is -1: give at least 0"),
     ({"seed": -1}, 1, "seed is -1: give at least 0"),
     ({"n_head": 0}, 1, "n_head is 0: give a number of at least 1"),
-    ({"mixed_precision": "fp16"}, 1, "mixed_precision is 'fp16': give one of auto, no, bf16"),
+    ({"mixed_precision": "fp8"}, 1, "mixed_precision is 'fp8': give one of auto, no, bf16, fp16"),
     ({"compile": "maybe"}, 1, "compile is 'maybe': give one of auto, true, false"),
     ({"attn_implementation": "flash"}, 1, "attn_implementation is 'flash': give one of sdpa"),
     ({"on_bad_step": "retry"}, 1, "on_bad_step is 'retry': give one of skip, stop"),

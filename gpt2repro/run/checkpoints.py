@@ -14,6 +14,7 @@ pickle. The files are the same whether one process trained, several (DDP), or se
 import json
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,11 @@ def save_checkpoint(
     state: dict[str, Any],
     keep_last: int,
     keep_every: int = 0,
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
     """Save step `step`; called on every process. `state` is what the record keeps beside the step.
+
+    `check` is called on the main process when everything is written, before the checkpoint gets its name.
 
     Afterwards the `keep_last` newest stay (0: all), and those of every `keep_every` steps (0: none more).
 
@@ -61,6 +65,7 @@ def save_checkpoint(
         ValueError: on every process when the main one could not write; what was there before is untouched.
     """
     final = run_dir / f"step-{step:08d}"
+    aside = run_dir / f".{final.name}.{os.getpid()}.tmp"  # of this process alone
     weights, tensors = _whole_tensors(model, optimizer)
 
     def write() -> None:
@@ -70,8 +75,6 @@ def save_checkpoint(
                 f"step {step} is not saved: {', '.join(broken[:3])}{', …' if len(broken) > 3 else ''} is not finite; "
                 f"the checkpoints in {run_dir} are untouched: resume from one with a lower learning_rate"
             )
-        aside = run_dir / f".{final.name}.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()  # the run's folder is there, or was taken away: then nothing may begin another in its place
         unsharded(model).save_pretrained(aside, state_dict=weights, max_shard_size="1TB")  # one file, however large
         tokenizer.save_pretrained(aside)
@@ -82,6 +85,7 @@ def save_checkpoint(
             save_file(dict(zip(names, average.values(), strict=True)), aside / AVERAGE, metadata={"format": "pt"})
         scale = {"loss_scale": accelerator.scaler.state_dict()} if accelerator.scaler else {}  # of fp16
         _complete(aside, {"format": FORMAT_VERSION, "step": step, **state, **scale})
+        check()
         os.replace(aside, final)
         _point_latest_at(final)
         whole = [path for path in _checkpoints(run_dir) if (path / RECORD).exists()]
@@ -95,11 +99,13 @@ def save_checkpoint(
         try:
             write()
         except Exception as error:
+            shutil.rmtree(aside, ignore_errors=True)
             if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:  # tokenizers' own
                 raise
+            where = str(run_dir.resolve())
             raise ValueError(
-                f"saving step {step} in {run_dir} failed ({error}); what was saved before is untouched: "
-                "mend that (a full disk: make room) and run the same command again"
+                f"saving step {step} in {where} failed ({str(error).replace(str(run_dir), where)}); what was saved "
+                "before is untouched: mend that (a full disk: make room) and run the same command again"
             ) from error
 
     on_main_process(accelerator, explained)

@@ -150,6 +150,8 @@ def row_text(kind: str, values: dict[str, Any]) -> list[str]:
         case "push":
             outcome = f"to {values['url']}" if "url" in values else f"failed: {values['error']}"
             return [f"push of step {values['checkpoint_step']} {outcome}"]
+        case "overflow":
+            return [f"not applied: the gradients overflow fp16, the loss scale falls to {values['loss_scale']:g}"]
         case "bad_step":
             return [f"not applied: {values['reason']}"]
         case "warning":

@@ -35,6 +35,7 @@ from gpt2repro.hub.convert import load_as_gpt2repro
 from gpt2repro.hub.initial import initial_model
 from gpt2repro.recipe import Recipe
 from gpt2repro.run.checkpoints import load_checkpoint, save_checkpoint
+from gpt2repro.train.devices import description
 from gpt2repro.train.estimates import USABLE, device_memory_bytes, memory_estimate, speed_limits
 from gpt2repro.train.first_step import check_first_step
 from gpt2repro.train.launch import compile_in_place, loss_form, start_accelerator
@@ -75,6 +76,7 @@ def examine(
     accelerator = start_accelerator(recipe)
     device, loss_impl = accelerator.device, loss_form(recipe, accelerator.device)
     data = TrainingData(recipe, open_recipe_dataset(recipe), accelerator)
+    yield Check("device", True, description(device), "what auto chooses on it, docs/devices.md")
     yield check_shuffled(data.loader.order)
     yield check_warmup(recipe)
 
@@ -94,7 +96,7 @@ def examine(
     parent = next(folder for folder in (output_dir, *output_dir.parents) if folder.is_dir())
     yield check_disk(recipe, n_parameters, free_bytes=shutil.disk_usage(parent).free)
     parts = memory_estimate(
-        recipe, raw.config, n_parameters=n_parameters, bf16=accelerator.mixed_precision == "bf16",
+        recipe, raw.config, n_parameters=n_parameters, bf16=accelerator.mixed_precision != "no",
         chunked_loss=loss_impl == "chunked", shards=processes if sharded else 1,
     )  # fmt: skip
     need, usable = sum(parts.values()) / 1e9, USABLE * device_memory_bytes(device) / 1e9
@@ -102,6 +104,9 @@ def examine(
     yield check_shards(data.dataset)
 
     # ---- the run's own step --------------------------------------------------------------------------------
+    scale = 1024.0 if accelerator.scaler else 1.0
+    if accelerator.scaler:  # fp16, with a scale at which no gradient overflows
+        accelerator.scaler = torch.amp.GradScaler(device.type, init_scale=scale)
     model = accelerator.prepare(raw)  # the run's precision
     batch = data.loader.first_batch(0)
     few = batch[0][:4], batch[1][:4]
@@ -111,7 +116,7 @@ def examine(
 
     yield check_labels(model, *few)
     yield check_initial_loss(backward([few]).item(), raw.config, init_from=recipe.init_from)
-    norm = clip_grad_norm_(model.parameters(), math.inf).item()
+    norm = clip_grad_norm_(model.parameters(), math.inf).item() / scale
     yield Check("gradient norm", 0.05 <= norm <= 100, f"{norm:.3f}", "0.05 to 100")
 
     compiled = compile_in_place(raw, recipe, accelerator)
@@ -132,8 +137,15 @@ def examine(
     tuned = replace(recipe, learning_rate=known_rate(n_parameters), muon_learning_rate=None)
     optimizer = make_optimizer(model, tuned)
     small = tuple(part[:4, :32].contiguous() for part in batch)
+
+    def backward_small() -> torch.Tensor:
+        loss = backward([small])
+        for parameter in model.parameters():
+            parameter.grad /= scale
+        return loss
+
     with torch.compiler.set_stance("force_eager"):
-        yield check_overfit(raw.eval(), optimizer, lambda: backward([small]))
+        yield check_overfit(raw.eval(), optimizer, backward_small)
     saving = {"tokenizer": data.tokenizer, "accelerator": accelerator}
     with tempfile.TemporaryDirectory(prefix=".doctor-", dir=parent) as folder:
         yield check_rehearsal(tuned, raw, optimizer, folder=Path(folder), **saving)

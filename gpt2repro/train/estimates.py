@@ -14,12 +14,11 @@ known of other runs:
 """
 
 import math
-import os
-import resource
 import sys
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import torch
 
 from gpt2repro.recipe import Recipe
@@ -81,16 +80,17 @@ def memory_report(recipe: Recipe, config: Any, device: torch.device, *, processe
 
 
 def device_memory_bytes(device: torch.device) -> int:
-    """The card's memory; on a CPU the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """The card's memory; the machine's on a CPU and on a Mac, where it is one."""
+    if device.type in ("cuda", "xpu"):
+        return torch.get_device_module(device).get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
 
 
 # ---- speed -------------------------------------------------------------------------------------------------
 
-# Dense bf16 tensor-core peaks in FLOP/s, by words of the device's name; NVIDIA's datasheets and whitepapers. The more
-# particular name stands first.
+# Dense peaks in FLOP/s of the precision that `auto` chooses (bf16; fp16 for V100 and T4), by words of the device's
+# name; NVIDIA's and AMD's datasheets and whitepapers, for MI250X a half, which is a device. The more particular name
+# stands first.
 PEAK_FLOPS = {
     "GH200": 989.4e12,
     "H200": 989.4e12,
@@ -103,6 +103,11 @@ PEAK_FLOPS = {
     "L4": 121.0e12,
     "RTX 4090": 165.2e12,
     "RTX 3090": 71.0e12,
+    "V100 PCIE": 112.0e12,
+    "V100": 125.0e12,
+    "T4": 65.0e12,
+    "MI300X": 1307.4e12,
+    "MI250X": 191.5e12,
 }
 OTHER_CHIPS = {"D", "Laptop", "MIG", "Ti"}  # words that name a smaller or larger chip, or a slice of one
 
@@ -125,7 +130,7 @@ def speed_limits(model: Any, seq_len: int, *, world_size: int) -> tuple[int, flo
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s, or None for a device that is not in the table."""
+    """The device's dense peak in FLOP/s, or None for a device that is not in the table."""
     if device.type != "cuda":
         return None
     words = torch.cuda.get_device_name(device).replace("-", " ").split()
@@ -136,9 +141,13 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held so far: of the card's on CUDA, else resident on the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """The most memory this process has held so far: of the card's on CUDA, ROCm and XPU, else resident on the host."""
+    if device.type in ("cuda", "xpu"):
+        return torch.get_device_module(device).max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not on Windows
+
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes if sys.platform == "darwin" else kilobytes * 1024
 

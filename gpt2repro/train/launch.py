@@ -20,6 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.utils import logging as transformers_logging
 
 from gpt2repro.recipe import Recipe
+from gpt2repro.train.devices import best_device, choices
 
 
 def start_accelerator(recipe: Recipe) -> Accelerator:
@@ -29,7 +30,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         ValueError: several processes asked for and one started; a launcher that contradicts the recipe; a tracker
             that is not installed (Accelerate would leave it out with a warning).
     """
-    use_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    device = best_device()
     # `accelerate launch --cpu --num_processes 2` sets an address for the others, but starts none of them.
     several = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     if several and "WORLD_SIZE" not in os.environ:
@@ -40,11 +41,11 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     for tracker in recipe.log_with:
         if tracker not in map(str, get_available_trackers()):
             raise ValueError(f"log_with is {tracker}, which is not installed: pip install {tracker}, or leave it out")
-    if use_cpu:
+    if device.type == "cpu":
         use_huge_pages()
-    precision = _mixed_precision(recipe, use_cpu=use_cpu)
+    precision = _mixed_precision(recipe, device)
     accelerator = Accelerator(
-        cpu=use_cpu,
+        cpu=device.type == "cpu",
         mixed_precision=precision,
         dynamo_backend="no",  # the script compiles the raw model itself, before prepare
         fsdp_plugin=_sharding(precision),
@@ -54,6 +55,8 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(minutes=max(60.0, 2 * recipe.watchdog_minutes))),
         ],
     )
+    if precision == "fp16" and device.type == "cpu":  # where Accelerate would compute in fp32 without a word
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != world_size:
         raise ValueError(
@@ -90,10 +93,8 @@ def use_huge_pages() -> None:
 
 
 def loss_form(recipe: Recipe, device: torch.device) -> str:
-    """The form of the loss, plain or chunked: the recipe's word, else chunked where memory is the card's."""
-    if recipe.loss_impl != "auto":
-        return recipe.loss_impl
-    return "chunked" if device.type == "cuda" else "plain"
+    """The form of the loss, plain or chunked: the recipe's word, else the device's choice."""
+    return choices(device).loss_impl if recipe.loss_impl == "auto" else recipe.loss_impl
 
 
 def compile_in_place(model: Any, recipe: Recipe, accelerator: Accelerator) -> bool:
@@ -123,7 +124,7 @@ def remove_empty_binaries() -> None:
 
 
 def compile_wanted(recipe: Recipe, device: torch.device) -> bool:
-    """Whether to compile: the recipe's word, else the launcher's, else on CUDA (a CPU needs a C++ compiler for it)."""
+    """Whether to compile: the recipe's word, else the launcher's, else the device's choice."""
     asked = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if asked not in ("no", "inductor"):
         raise ValueError(f"the launcher asks for dynamo_backend={asked}: only inductor is supported")
@@ -132,7 +133,7 @@ def compile_wanted(recipe: Recipe, device: torch.device) -> bool:
             "compile is false in the recipe, the launcher asks for dynamo_backend=inductor: change one of them"
         )
     if recipe.compile == "auto":
-        return asked == "inductor" or device.type == "cuda"
+        return asked == "inductor" or choices(device).compile
     return recipe.compile == "true"
 
 
@@ -140,28 +141,25 @@ def _sharding(precision: str) -> FullyShardedDataParallelPlugin | None:
     """What the launcher says of FSDP, but with gradients summed and kept in fp32 as DDP does (Accelerate: in bf16)."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
         return None
+    if precision == "fp16":
+        raise ValueError("fp16 with FSDP2 is not supported: use DDP, or cards with bf16")
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return FullyShardedDataParallelPlugin(mixed_precision_policy=bf16 if precision == "bf16" else None)
 
 
-def _mixed_precision(recipe: Recipe, *, use_cpu: bool) -> str:
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked not in ("no", "bf16"):
+def _mixed_precision(recipe: Recipe, device: torch.device) -> str:
+    asked, wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), recipe.mixed_precision
+    if asked not in ("no", "fp16", "bf16"):
+        raise ValueError(f"the launcher asks for mixed_precision={asked}: ask for bf16, fp16 or no")
+    if "no" != asked != wanted != "auto":
         raise ValueError(
-            f"the launcher asks for mixed_precision={asked}: this loop has no loss scaling; ask for bf16 or no"
+            f"mixed_precision is {wanted} in the recipe, the launcher asks for {asked}: change one of them"
         )
-    if recipe.mixed_precision == "auto":
-        return asked if asked != "no" else _best_precision(use_cpu=use_cpu)
-    if asked not in ("no", recipe.mixed_precision):
+    if wanted == "auto":
+        wanted = asked if asked != "no" else choices(device).mixed_precision
+    if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(
-            f"mixed_precision is {recipe.mixed_precision} in the recipe, the launcher asks for {asked}: "
-            "change one of them"
+            f"mixed_precision is bf16, which {torch.cuda.get_device_name(device)} only emulates: give auto "
+            f"({choices(device).mixed_precision} on this card) and leave it out of the launcher's configuration"
         )
-    return recipe.mixed_precision
-
-
-def _best_precision(*, use_cpu: bool) -> str:
-    """bf16 where the hardware computes in it: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX; else fp32."""
-    if use_cpu:
-        return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return wanted

@@ -19,6 +19,7 @@ from gpt2repro.recipe import Recipe
 
 OUTLIER_WINDOW = 128  # steps; llm.c's OUTLIER_DETECTOR_WINDOW_SIZE
 ONE_STOP_SECONDS = 2.0
+MAX_OVERFLOWS = 20  # in a row; each halves the loss scale
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR2", "SIGHUP", "SIGQUIT", "SIGXCPU")
 
 
@@ -63,12 +64,31 @@ class BadSteps:
 
     def __init__(self, recipe: Recipe, rows: Sequence[dict[str, Any]] = ()) -> None:
         self.recipe = recipe
+        self.overflows_in_a_row = 0
         self._windows: dict[str, deque[float]] = {name: deque(maxlen=OUTLIER_WINDOW) for name in ("loss", "grad_norm")}
         train = [row for row in rows if row["kind"] == "train"]
         for row in train[-OUTLIER_WINDOW:]:
             self._z_scores(row["loss"], row["grad_norm"])
         bad = {row["step"] for row in rows if row["kind"] == "bad_step"}
         self.in_a_row = sum(1 for _ in takewhile(lambda row: row["step"] in bad, reversed(train)))
+
+    def overflowed(self, step: int, loss: float, grad_norm: float) -> bool:
+        """Whether fp16 could not hold the scaled gradients of step `step`, whose loss is finite: no bad step.
+
+        Raises:
+            ValueError: MAX_OVERFLOWS came in a row.
+        """
+        if not math.isfinite(loss) or math.isfinite(grad_norm):
+            self.overflows_in_a_row = 0
+            return False
+        self._z_scores(loss, None)
+        self.overflows_in_a_row += 1
+        if self.overflows_in_a_row >= MAX_OVERFLOWS:
+            raise ValueError(
+                f"the gradients of {MAX_OVERFLOWS} steps in a row, up to step {step}, overflow fp16 at every loss "
+                "scale: resume with --mixed_precision no, or with a lower learning_rate"
+            )
+        return True
 
     def reason(self, step: int, loss: float, grad_norm: float) -> str | None:
         """Why step `step` (1-based) must not be applied; None for a good one.

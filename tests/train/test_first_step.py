@@ -23,8 +23,13 @@ def new_state():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def check(*, precision: str = "no", loss_impl: str = "plain", change=None, compiled: bool = False, **fields) -> str:
+def check(
+    *, precision: str = "no", scale: float = 2.0**16, loss_impl: str = "plain", change=None, compiled: bool = False,
+    **fields,
+) -> str:
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    if precision == "fp16":  # as start_accelerator does it
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=scale)
     torch.manual_seed(0)
     raw = GPT2ReproForCausalLM(GPT2ReproConfig(**SHAPE, bos_token_id=0, eos_token_id=0, **fields)).train()
     if change:
@@ -43,13 +48,18 @@ def check(*, precision: str = "no", loss_impl: str = "plain", change=None, compi
     finally:
         assert all(torch.equal(p, before[name]) and p.grad is None for name, p in raw.named_parameters())
         assert raw.training
+        assert not accelerator.scaler or accelerator.scaler.get_scale() == scale
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 @pytest.mark.parametrize("loss_impl", ["plain", "chunked"])
 def test_a_sound_step_is_one_line(precision, loss_impl):
     line = check(precision=precision, loss_impl=loss_impl)
     assert line.startswith("first step: loss 4.8") and "gradients agree" in line and "\n" not in line
+
+
+def test_a_loss_scale_that_overflows_is_lowered_for_the_check_alone():
+    assert "gradients agree" in check(precision="fp16", scale=2.0**30)
 
 
 def test_a_model_with_dropout_is_compared_without_it():
