@@ -79,9 +79,10 @@ def check_fast(tokenizer_file: Path, texts: Iterable[str]) -> None:
 
 
 def chunks(text: Text) -> Iterator[bytes]:
-    """A document's bytes, PIECE_BYTES at a time."""
+    """A document's bytes, PIECE_BYTES at a time, without a file's byte order mark."""
     if isinstance(text, Path):
         with open(text, "rb") as file:
+            yield file.read(PIECE_BYTES).removeprefix(codecs.BOM_UTF8)
             yield from iter(partial(file.read, PIECE_BYTES), b"")
     else:
         for start in range(0, len(text), PIECE_BYTES):

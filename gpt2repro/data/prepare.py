@@ -74,9 +74,12 @@ def batches_of(
     With each batch the position of the source after it; None where the batch ends inside a document.
     """
     batch: list[Piece] = []
-    size = 0
+    size, named = 0, {*SPLITS}
     for document in documents:
         split = encoding.split_of(document, val_fraction)
+        if split not in named:
+            named.add(split)
+            tqdm.write(f"{document.where}: skipped as {split}; others like it are counted", file=sys.stderr)
         texts = encoding.cut_document(document.text, encode) if split in SPLITS else iter([b""])
         for index, text in enumerate(texts):
             if size >= BATCH_BYTES:
@@ -166,10 +169,14 @@ def prepare(
     if source not in WITHOUT_CHOICES and (revision := recorded.get("source", {}).get("revision")):
         source_options.setdefault("revision", revision)  # resume with the commit that it began with
     origin = open_source(source, part=(int(numbers[1]), int(numbers[2])), **source_options)
+    validation = _validation(origin, val_tokens, val_fraction)
+    if not (out / "dataset.json").exists():
+        _check_disk(out, origin.tokens)
+    origin.record_contents()
     settings = {
         "source": origin.record,
         "tokenizer": tokenizer if trained else tokenizer_record(load_tokenizer(tokenizer))["tokenizer_sha256"],
-        "validation": _validation(origin, val_tokens, val_fraction),
+        "validation": validation,
         "shard_tokens": shard_tokens,
         "part": part,
     }
@@ -179,6 +186,7 @@ def prepare(
     if differing:
         was = "; ".join(f"{key} is {recorded.get(key)}, asked for {settings[key]}" for key in differing)
         raise ValueError(f"{out} holds another preparation ({was}); name another folder, or delete this one")
+    existed = out.exists()
     try:
         (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
         # Two writers would destroy each other's shards. The lock ends with its process, however that ends.
@@ -186,7 +194,7 @@ def prepare(
             if (out / "dataset.json").exists():
                 print(f"{out} is prepared already", file=sys.stderr)
             else:
-                _Preparation(out, origin, settings, tokenizer).run(workers, fast)
+                _prepare(out, origin, settings, tokenizer, workers=workers, fast=fast, existed=existed)
             shutil.rmtree(out / UNFINISHED)
     except BlockingIOError as error:
         raise ValueError(f"another process is preparing {out}; wait for it, or name another --out") from error
@@ -194,6 +202,20 @@ def prepare(
         advice = "free disk, or use fewer --workers if memory ran out, and run the same command again to resume"
         raise ValueError(f"preparing {out} stopped ({error}): {advice}") from error
     return out
+
+
+def _prepare(out: Path, *what: Any, workers: int, fast: bool, existed: bool) -> None:
+    """Prepare or resume. What is refused before there is progress to keep leaves nothing behind."""
+    preparation = None
+    try:
+        preparation = _Preparation(out, *what)
+        preparation.run(workers, fast)
+    except ValueError:
+        if preparation is None or preparation.position is None:
+            shutil.rmtree(out)
+            if existed:
+                out.mkdir()
+        raise
 
 
 class _Preparation:
@@ -236,7 +258,6 @@ class _Preparation:
         """Continue from the state to the end."""
         if fast:
             encoding.check_fast(self.tokenizer_file, _sample(self.origin.documents(), SAMPLE_BYTES))
-        self._check_disk()
         exact = encoding.exact_encoder(self.tokenizer_file)
         batches = batches_of(self.origin.documents(self.position), self.val_fraction, exact)
         tokens, saved_shards = self._written()
@@ -286,13 +307,6 @@ class _Preparation:
         counts = (f"{name} {r['tokens']:,} tokens in {r['documents']:,} documents" for name, r in self.splits.items())
         print(f"{self.out}: {', '.join(counts)}; skipped {dict(self.skipped)}", file=sys.stderr)
 
-    def _check_disk(self) -> None:
-        tokens = max(0, self.origin.tokens - self._written()[0])
-        needed, free = tokens * self.train.dtype.itemsize + SPARE_DISK, shutil.disk_usage(self.out).free
-        if free < needed:
-            has = f"{self.out} has {free / 1e9:,.1f} GB free, the shards need about {needed / 1e9:,.1f} GB"
-            raise ValueError(f"{has}; free some, or choose another --out")
-
 
 def _sample(documents: Iterable[Document], limit: int, *, skip: int = 0) -> Iterator[str]:
     """About `limit` bytes of the documents' text, from byte `skip` on."""
@@ -318,6 +332,16 @@ def _validation(origin: Source, tokens: int | None, fraction: float | None) -> d
         return {"fraction": 0.1 if origin.record["name"] == "python-docs" else 0.01}
     # A hash cannot divide one document: about its first tenth.
     return {"tokens": int(origin.tokens / 10) if tokens is None else tokens}
+
+
+def _check_disk(out: Path, tokens: float) -> None:
+    """Refuse a disk that the shards would fill; those of an interrupted preparation are there already."""
+    there = sum(path.stat().st_size for path in out.rglob("*.npy"))
+    needed = 2 * tokens + SPARE_DISK - there  # bytes; twice the tokens' for more than 65,536 ids
+    free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
+    if free < needed:
+        has = f"{out} has {free / 1e9:,.1f} GB free, the shards need about {needed / 1e9:,.1f} GB"
+        raise ValueError(f"{has}; free some, or choose another --out")
 
 
 def _recorded_settings(out: Path) -> dict:

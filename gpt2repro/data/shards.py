@@ -93,7 +93,7 @@ def read_record(file: Path) -> dict:
 
     Raises ValueError for one that is damaged, or of another version.
     """
-    advice = "copy or prepare it again"
+    advice = "copy the folder, or delete it and prepare it again"
     try:
         record = json.loads(file.read_bytes())
         version = record["format_version"]

@@ -19,7 +19,7 @@ import platform
 import re
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -51,6 +51,7 @@ class Document:
     text: Text
     skipped: str | None
     position: Any  # a JSON value: documents(position) continues after this one
+    where: str = ""  # for messages
 
 
 @dataclass
@@ -62,6 +63,12 @@ class Source:
     tokens: float = 0.0  # estimated number of GPT-2 tokens; 0 where it is unknown
     whole_files: int = 1  # into how many parts the source divides without each of them reading all of it
     one_document: bool = False
+    files: dict[Path, dict] = field(default_factory=dict)  # those that are read, and their entries in the record
+
+    def record_contents(self) -> None:
+        """Add the hashes of the files to the record: names and sizes tell little."""
+        for entry, sha256 in zip(self.files.values(), known_sha256(self.files), strict=True):
+            entry["sha256"] = sha256
 
 
 def open_source(
@@ -99,9 +106,11 @@ def was_made_from(record: dict, name: str, files: list[str]) -> bool:
     if name != "files":
         return record.get("dataset", record.get("name")) == HUB.get(name, {"dataset": name})["dataset"]
     try:
-        return same_source(record, _files(files).record)
+        now = _files(files)
     except ValueError:
         return record.get("name") == "files"
+    now.record_contents()
+    return same_source(record, now.record)
 
 
 def same_source(recorded: dict, now: dict) -> bool:
@@ -164,17 +173,14 @@ def _files(patterns: list[str], *, text_field: str = "text", part: tuple[int, in
         if not path.name.endswith(FILES):
             raise ValueError(f"{path} is of no known kind: {', '.join(FILES)}")
     chosen = paths[part[0] :: part[1]] if part[1] <= len(paths) else paths
-    sha256 = dict(zip(chosen, known_sha256(chosen), strict=True))
-    records = [{"file": path.name, "bytes": path.stat().st_size} for path in paths]
-    for path, record in zip(paths, records, strict=True):
-        if path in sha256:  # another part reads the others
-            record["sha256"] = sha256[path]
+    entries = {path: {"file": path.name, "bytes": path.stat().st_size} for path in paths}
     return Source(
-        {"name": "files", "text_field": text_field, "files": records},
+        {"name": "files", "text_field": text_field, "files": [*entries.values()]},
         partial(_file_documents, chosen, text_field),
         tokens=sum(path.stat().st_size * TOKENS_PER_BYTE.get(path.suffix, 0.25) for path in paths),
         whole_files=len(paths),
         one_document=len(paths) == 1 and paths[0].suffix in (".txt", ".md"),
+        files={path: entries[path] for path in chosen},
     )
 
 
@@ -200,22 +206,47 @@ def _file_documents(paths: list[Path], text_field: str, position: Any = None) ->
 
 def _text(path: Path, text_field: str, position: Any) -> Iterator[Document]:
     if position is None:
-        yield Document(path, None, "read")
+        yield Document(path, None, "read", str(path))
 
 
-def _json_lines(path: Path, text_field: str, position: int | None) -> Iterator[Document]:
+def _json_lines(path: Path, text_field: str, position: tuple[int, int] | None) -> Iterator[Document]:
     """One document a line. Not through `datasets`, where one bad line fails a whole block."""
+    done, number = position or (0, 0)  # bytes of the decompressed text, and lines
+    is_first = not done
     with _open_lines(path) as lines:
-        at = lines.seek(position) if position and path.suffix == ".jsonl" else 0  # in the decompressed text
+        at = lines.seek(done) if path.suffix == ".jsonl" else 0
         try:
             for line in lines:
                 at += len(line)
-                if at > (position or 0):
-                    text, skipped = _line_text(line, text_field)
-                    del line  # it may be large, and the document is processed next
-                    yield Document(text, skipped, at)
+                if at <= done:
+                    continue
+                number += 1
+                where = f"{path}, line {number}"
+                if is_first and not line.isspace():
+                    _check_kind(line, text_field, where)
+                    is_first = False
+                text, skipped = _line_text(line, text_field)
+                del line  # it may be large, and the document is processed next
+                yield Document(text, skipped, (at, number), where)
         except (OSError, EOFError) as error:
             raise ValueError(f"{path} cannot be read to its end ({error}); it is damaged: copy it again") from error
+
+
+def _check_kind(line: bytes, text_field: str, where: str) -> None:
+    """Refuse a file whose first record has no such field of text, before hours of records without text are counted."""
+    if len(line) > LONG_LINE:
+        return
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeError:
+        return
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is no JSON object, but {line[:60]!r}; .jsonl has one on each line")
+    if not isinstance(record.get(text_field, 0), str | None):
+        kinds = {name: type(value).__name__ for name, value in record.items()}
+        raise ValueError(f"{where} has no text in a field {text_field!r}, only {kinds}; name it with --text-field")
 
 
 def _open_lines(path: Path) -> io.BufferedReader:
@@ -227,15 +258,17 @@ def _open_lines(path: Path) -> io.BufferedReader:
 
 
 def _line_text(line: bytes, text_field: str) -> tuple[Text, str | None]:
+    if line.isspace():
+        return b"", None
     try:
         if len(line) > LONG_LINE:
             return _long_line_text(line, text_field)
-        record = json.loads(line) if line.strip() else {text_field: ""}
+        record = json.loads(line.decode("utf-8-sig"))
         text = record.get(text_field) if isinstance(record, dict) else None
         return (text.encode(), None) if isinstance(text, str) else (b"", NOT_TEXT)
     except UnicodeError:  # bytes that are not UTF-8, or half a surrogate pair
         return b"", NOT_UTF8
-    except ValueError:
+    except (ValueError, OverflowError, RecursionError):
         return b"", NOT_TEXT
 
 
@@ -275,7 +308,7 @@ def _arrow_documents(stream: Any, text_field: str, name: str, position: Any = No
         for row, value in islice(enumerate(table[text_field]), done, None):
             text = value.as_buffer()  # without a copy, and without a check for UTF-8, which prepare does
             skipped = NOT_TEXT if text is None else None
-            yield Document(memoryview(text or b""), skipped, {"state": state, "rows": row + 1})
+            yield Document(memoryview(text or b""), skipped, {"state": state, "rows": row + 1}, name)
         state, done = stream.state_dict(), 0
 
 

@@ -18,8 +18,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from gpt2repro.data.prepare import main, prepare
-from gpt2repro.data.shards import Dataset, open_dataset
+from gpt2repro.data.shards import Dataset, open_dataset, read_record, write_record
 from gpt2repro.data.training_data import open_recipe_dataset
+from gpt2repro.files import file_sha256
 from gpt2repro.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,12 +145,17 @@ def test_a_restart_does_not_read_again_what_is_done(
         time.sleep(0.005)
     process.kill()
     process.wait()
-    file, offset = json.loads(state_file.read_text())["progress"]["position"]
+    state = read_record(state_file)
+    file, (offset, _) = state["progress"]["position"]
     assert (file, offset) > (0, 100_000)
     with open(copy / "0.jsonl", "r+b") as first:
         first.write(b"x" * (offset if file == 0 else 2**20))
+    state["settings"]["source"]["files"][0]["sha256"] = file_sha256(copy / "0.jsonl")  # or it would be another source
+    write_record(state_file, state)
     assert main(options) == 0
-    assert folder_digests(tmp_path / "out") == folder_digests(uninterrupted)
+    found, expected = folder_digests(tmp_path / "out"), folder_digests(uninterrupted)
+    assert found.pop("dataset.json") != expected["dataset.json"]
+    assert found.items() <= expected.items() and len(found) == len(expected) - 1
 
 
 def test_a_full_disk_keeps_finished_shards_and_the_same_command_resumes(
@@ -200,7 +206,7 @@ def test_what_an_older_version_began_is_refused_with_what_to_do(
     state = {"settings": {}, "progress": {"position": None, "ordinal": 0}, "documents": {}, "shards": {}}
     (tmp_path / ".preparing" / "state.json").write_text(json.dumps(state))
     assert main([*large_options, "--out", str(tmp_path)]) == 1
-    assert "state.json is broken, or too old" in capsys.readouterr().err
+    assert "state.json is broken (KeyError: 'format_version'); copy the folder, or delete" in capsys.readouterr().err
 
 
 def test_a_disk_too_small_is_refused_at_the_start(tmp_path: Path, dataset_folder: Path, capsys: Capture) -> None:
@@ -249,7 +255,8 @@ def test_other_settings_in_a_used_folder_and_impossible_settings_are_errors(
 
 
 def test_a_folder_that_holds_a_commit_of_the_hub_is_refused_for_another_source(tmp_path: Path) -> None:
-    record = {"splits": {}, "source": {"name": "hub", "dataset": "owner/texts", "revision": "0" * 40}}
+    source = {"name": "hub", "dataset": "owner/texts", "revision": "0" * 40}
+    record = {"format_version": 1, "splits": {}, "source": source}
     (tmp_path / "dataset.json").write_text(json.dumps(record), "utf-8")
     with pytest.raises(ValueError, match="holds another preparation"):
         prepare(source="python-docs", tokenizer="train:512", out=tmp_path)
@@ -319,11 +326,29 @@ def test_what_is_left_out_is_counted(tmp_path: Path, dataset_folder: Path, capsy
     assert "'not_utf8': 2" in capsys.readouterr().err
 
 
+def test_the_first_record_that_is_left_out_for_a_reason_is_named(
+    tmp_path: Path, dataset_folder: Path, capsys: Capture
+) -> None:
+    lines = ['{"text": "good"}', '{"text": 5}', "[1]", '{"text": "\\ud800"}', '{"text": " "}'] * 2
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfA file with a byte order mark")
+    files = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")]
+    out = prepare(source="files", files=files, tokenizer=str(dataset_folder), out=tmp_path / "out", val_tokens=0)
+    said = [line for line in capsys.readouterr().err.splitlines() if ": skipped as" in line]
+    assert [line.removeprefix(f"{tmp_path}/").split(";")[0] for line in said] == [
+        "a.jsonl, line 2: skipped as not_text", "a.jsonl, line 4: skipped as not_utf8",
+        "a.jsonl, line 5: skipped as empty",
+    ]  # fmt: skip
+    dataset = open_dataset(out)
+    assert dataset.info["skipped"] == {"empty": 2, "not_text": 4, "not_utf8": 2}
+    assert decoded(dataset, "train") == ["good", "good", "A file with a byte order mark"]
+
+
 def test_what_is_left_out_after_the_last_checkpoint_is_counted_too(
     large_corpus: Path, dataset_folder: Path, tmp_path: Path
 ) -> None:
     shutil.copy(large_corpus / "0.jsonl", tmp_path / "0.jsonl")
-    (tmp_path / "1.jsonl").write_text('{"text": 5}\n\n')
+    (tmp_path / "1.jsonl").write_text('{"text": null}\n\n')
     files = [str(tmp_path / "*.jsonl")]
     out = prepare(
         source="files", files=files, tokenizer=str(dataset_folder), out=tmp_path / "out", shard_tokens=150_000
@@ -363,8 +388,9 @@ def test_no_training_tokens_is_an_error(corpus: Path, dataset_folder: Path, tmp_
     options = {"source": "files", "files": [str(corpus)], "tokenizer": str(dataset_folder)}
     with pytest.raises(ValueError, match="no training tokens"):
         prepare(**options, out=tmp_path / "a", val_tokens=10**9)
-    with pytest.raises(ValueError, match=r"'not_text': .*--text-field"):
-        prepare(**options, out=tmp_path / "b", text_field="body")
+    (tmp_path / "null.jsonl").write_text('{"text": null}\n' * 3)
+    with pytest.raises(ValueError, match=r"'not_text': 3.*--text-field"):
+        prepare(**{**options, "files": [str(tmp_path / "null.jsonl")]}, out=tmp_path / "b")
 
 
 @pytest.mark.parametrize(("files", "parts"), [(1, 3), (4, 2)])

@@ -94,6 +94,42 @@ def test_records_without_text_come_with_the_reason(tmp_path: Path) -> None:
     assert found == [(b"good", None), empty, empty, *[no_text] * 5, no_utf8, no_utf8, (b"last", None)]
 
 
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        (b"[1, 2]", r"a\.jsonl, line 2 is no JSON object, but b'\[1, 2\]"),
+        (b'"text"', "line 2 is no JSON object"),
+        (b"To be, or not to be", "line 2 is no JSON object"),
+        (b"\x00" * 100, "line 2 is no JSON object"),
+        (b"[" * 100_000, "line 2 is no JSON object"),
+        (b'{"text": [1, 2]}', "line 2 has no text in a field 'text', only {'text': 'list'}; name it with"),
+        (b'{"text": 5, "body": "x"}', "only {'text': 'int', 'body': 'str'}"),
+        (b'{"body": "x"}', "only {'body': 'str'}"),
+    ],
+)
+def test_a_file_that_is_no_text_from_its_first_record_on_is_refused_there(
+    tmp_path: Path, first: bytes, message: str
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [b"", first, b'{"text": "good"}'])
+    with pytest.raises(ValueError, match=message):
+        list(open_source("files", files=[str(path)]).documents())
+
+
+def test_what_a_text_may_hold_is_its_text(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [b'\xef\xbb\xbf{"text": "with a mark"}', b'{"text": "a\\u0000b\\r\\n"}'])
+    assert texts_of(open_source("files", files=[str(path)])) == ["with a mark", "a\x00b\r\n"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [(b"[" * 2**25, "not_text"), (b" " * 2**25, None), (b'{"a": ' * 2**22, "not_text"), (b"\x00" * 2**25, "not_text")],
+)
+def test_a_long_line_without_text_is_a_record_without_text(tmp_path: Path, line: bytes, reason: str | None) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [b'{"text": "good"}', line, b'{"text": "last"}'])
+    found = [(bytes(d.text), d.skipped) for d in open_source("files", files=[str(path)]).documents()]
+    assert found == [(b"good", None), (b"", reason), (b"last", None)]
+
+
 def test_null_and_undecodable_parquet_values_are_passed_on(tmp_path: Path) -> None:
     path = tmp_path / "odd.parquet"
     values = pyarrow.array([b"good", None, b"\xff\xfe", b"last"], pyarrow.binary()).view(pyarrow.string())

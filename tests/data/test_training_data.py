@@ -194,5 +194,4 @@ def test_a_shard_that_one_process_does_not_see_is_an_error_on_all(train_script, 
     env = {"UNSEEN": "val-00000.npy"}
     output = train_script(tmp_path / "run", processes=2, script=shortsighted, env=env, exit_code=1)
     assert "error: " in output and output.count("val-00000.npy is missing") == 2
-    assert "Traceback (most recent call last)" not in output.split("torch.distributed")[0]
     assert not (tmp_path / "run").exists()
