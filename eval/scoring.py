@@ -42,13 +42,13 @@ class Sequences:
 
 
 def encode(items: Sequence[Item], tokenizer, *, max_length: int) -> list[Sequences]:
-    """Tokens of every item, the context cut from the left where it does not fit `max_length` input tokens.
+    """Tokens of every item, cut from the left where they do not fit `max_length` input tokens.
 
     Context and continuation are tokenised together, then cut where the context's own tokens end: spaces at the end of
     the context belong to the continuation. An empty context is the end-of-text token.
 
     Raises:
-        ValueError: a continuation of no tokens, or of more than `max_length`; with the line of the file.
+        ValueError: a continuation of no tokens; with the line of the file.
     """
     unique = list(dict.fromkeys(text for item in items for pair in _texts(item) for text in pair))
     special = not any(item.apart for item in items)  # a beginning of sequence belongs before a whole text only
@@ -67,15 +67,12 @@ def _sequences(item: Item, ids: dict[str, list[int]], *, start_id: int, max_leng
     for context_text, text in _texts(item):
         context = ids[context_text]
         target = ids[text] if item.apart else ids[text][len(context) :]
-        if not 1 <= len(target) <= max_length:
-            raise ValueError(
-                f"{item.where}: the continuation {text[-40:]!r} has {len(target)} tokens of its own, expected 1 to "
-                f"{max_length}, what the model takes"
-            )
+        if not target:
+            raise ValueError(f"{item.where}: the continuation {text[-40:]!r} has no tokens of its own")
         whole = [*(context or [start_id]), *target]
         truncated |= len(whole) > max_length + 1
         inputs.append(whole[-(max_length + 1) : -1])
-        targets.append(target)
+        targets.append(target[-max_length:])
     lengths = item.lengths or [len(target) for target in targets]
     return Sequences(inputs, targets, [float(length) for length in lengths], item.label, truncated)
 
