@@ -59,7 +59,15 @@ def grid(settings: list[str]) -> list[Setting]:
 def plan_runs(
     path: str, fields: list[str], settings: list[str], *, seeds: int, output: str
 ) -> Iterator[tuple[Setting, Recipe]]:
-    """Every run of every setting. `--set seed=…` gives the seeds, else there are `seeds` from the recipe's on."""
+    """Every run of every setting. `--set seed=…` gives the seeds, else there are `seeds` from the recipe's on.
+
+    Raises:
+        UsageError: what `grid` and `parse_recipe` refuse, a field that is the sweep's own, two runs of one folder.
+    """
+    for word in (*fields, *(f"--{setting}" for setting in settings)):
+        if word.split("=")[0].replace("-", "_") in ("__output_dir", "__recipe"):
+            raise command.UsageError(f"{word} cannot be set: every run has the recipe {path} and a folder in {output}")
+    folders = set()
     base = ["--recipe", path, *fields]
     first = parse_recipe(base, default=path).seed
     given = [seed for setting in settings if setting.startswith("seed=") for seed in setting[5:].split(",")]
@@ -68,8 +76,13 @@ def plan_runs(
             values = {**setting, "seed": seed}
             name = ",".join(f"{field}={value}" for field, value in values.items())
             values["output_dir"] = str(Path(output) / name.replace("/", "_"))  # a path as a value stays inside OUTPUT
+            if values["output_dir"] in folders:
+                raise command.UsageError(f"--set names {values['output_dir']} twice: give every value once")
+            folders.add(values["output_dir"])
             flags = [word for field, value in values.items() for word in (f"--{field}", value)]
-            yield setting, parse_recipe(base + flags, default=path)
+            recipe = parse_recipe(base + flags, default=path)
+            recipe.check()
+            yield setting, recipe
 
 
 def is_finished(recipe: Recipe) -> bool:

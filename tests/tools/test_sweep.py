@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from gpt2repro.command import UsageError
 from gpt2repro.recipe import Recipe
 from gpt2repro.tools.sweep import difference, grid, main, plan_runs, table
 from tests.conftest import ENVIRONMENT, ROOT, TINY, train_rows
@@ -116,6 +117,24 @@ def test_seeds_are_the_recipes_and_those_after_it_or_the_ones_of_set():
 def test_every_run_has_a_folder_of_its_own_name_inside_the_output():
     folders = [recipe.output_dir for _, recipe in planned("init_from=../a,/b/c", seeds=2)]
     assert folders == [f"runs/x/init_from={name},seed={seed}" for name in (".._a", "_b_c") for seed in (1337, 1338)]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["learning_rate=1,1"], "--set names runs/x/learning_rate=1,seed=1337 twice: give every value once"),
+        (["init_from=a/b,a_b"], "--set names runs/x/init_from=a_b,seed=1337 twice"),
+        (["seed=1", "seed=1"], "twice"),
+        (["seed="], "seed is '': expected a whole number"),
+        (["learning_rate="], "give FIELD=VALUE,VALUE"),
+        (["../x=1"], "unknown flag"),
+        (["output_dir=a,b"], "--output_dir=a,b cannot be set"),
+        (["output-dir=a,b"], "--output-dir=a,b cannot be set"),
+    ],
+)
+def test_a_setting_that_names_no_runs_or_one_twice_is_refused(words, problem):
+    with pytest.raises(UsageError, match=problem):
+        planned(*words)
 
 
 def result(name: str, losses: dict[int, float]) -> dict:
