@@ -53,6 +53,14 @@ def output_file(path: str | Path) -> Path:
     return Path(path)
 
 
+def picture_file(path: str | Path) -> Path:
+    """`output_file` for a picture or a page; UsageError where it would replace anything else."""
+    begins = (b"\x89PNG", b"%PDF", b"<?xml", b"<!doctype html>")
+    if Path(path).is_file() and not Path(path).read_bytes().startswith(begins):
+        raise UsageError(f"{path} exists and is no picture or page: give another name")
+    return output_file(path)
+
+
 def write_results(output: str, figures: dict, *, items: Sequence[dict] = ()) -> None:
     """The figures as a JSON object for people, and the items, if any, as a line each in the .jsonl beside it."""
     if items:

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 
 from gpt2repro.data.shards import Dataset, TokenStream, load_tokenizer, open_dataset
 from gpt2repro.eval.loading import load_model
-from gpt2repro.eval.output import output_file
+from gpt2repro.eval.output import picture_file
 from gpt2repro.run.checkpoints import verify_checkpoint
 
 SAMPLE_TOKENS = 50_000_000  # a second of reading; enough for the shape of the distribution
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         dataset = open_dataset(arguments.paths, format=arguments.format, tokenizer=arguments.tokenizer)
         print("\n".join(dataset_summary(dataset)))
         if arguments.output:
-            draw_lengths(dataset, output_file(arguments.output))
+            draw_lengths(dataset, picture_file(arguments.output))
         damaged = dataset.verify() if arguments.verify else []
         if arguments.verify:
             print("\n" + ("\n".join(damaged) or "  verified: every sha256 is as recorded"))
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
             table = position_table(model)
             if table is None:
                 raise ValueError(f"{path} has no learned position embeddings to draw: leave --output out")
-            draw_positions(table, output_file(arguments.output), title=str(path))
+            draw_positions(table, picture_file(arguments.output), title=str(path))
         if arguments.verify:
             verify_checkpoint(path)
             print("verified: every sha256 is as recorded")

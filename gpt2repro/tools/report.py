@@ -31,7 +31,7 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from gpt2repro.eval.output import output_file
+from gpt2repro.eval.output import picture_file
 from gpt2repro.recipe import Recipe, parse_recipe
 from gpt2repro.run.folder import RunFolder
 from gpt2repro.train.schedule import lr_at
@@ -224,13 +224,13 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.schedule:
             recipe = parse_recipe(["--recipe", arguments.schedule], default=arguments.schedule)
             recipe.check()
-            draw_schedule(recipe, output_file(arguments.output), title=Path(arguments.schedule).stem)
+            draw_schedule(recipe, picture_file(arguments.output), title=Path(arguments.schedule).stem)
             return
         runs = [read_run(folder) for folder in dict.fromkeys([*arguments.runs, *arguments.compare])]
         if arguments.output:
-            draw_curves(runs, output_file(arguments.output))
+            draw_curves(runs, picture_file(arguments.output))
         if arguments.html:
-            output_file(arguments.html).write_text(html_page(runs), encoding="utf-8")
+            picture_file(arguments.html).write_text(html_page(runs), encoding="utf-8")
         if arguments.compare:
             print_table(compare_table(runs))
 

@@ -18,13 +18,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from transformers import AutoTokenizer, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 from gpt2repro.eval.flags import hellaswag
 from gpt2repro.eval.loading import load_model
 from gpt2repro.eval.multiple_choice import run_task
 from gpt2repro.eval.sample import sample
 from gpt2repro.hub.convert import convert
+from gpt2repro.hub.loading import from_pretrained, load_tokenizer
 from gpt2repro.hub.upload import hub_is_reachable
 from gpt2repro.tools.report import GPT2_HELLASWAG
 
@@ -43,8 +44,8 @@ def check_hellaswag(acc_norm: dict[str, float]) -> None:
 @torch.no_grad()
 def largest_difference(stock: str, ours: str) -> float:
     """The largest difference of two checkpoints' logits on TEXT, in float64, where rounding does not count."""
-    input_ids = torch.tensor([AutoTokenizer.from_pretrained(stock)(TEXT)["input_ids"]])
-    expected = GPT2LMHeadModel.from_pretrained(stock, dtype=torch.float64).eval()(input_ids).logits
+    input_ids = torch.tensor([load_tokenizer(stock)(TEXT)["input_ids"]])
+    expected = from_pretrained(GPT2LMHeadModel, stock, dtype=torch.float64).eval()(input_ids).logits
     model, _ = load_model(ours, dtype="float64", device="cpu")
     return (model(input_ids).logits - expected).abs().max().item()
 
