@@ -6,6 +6,8 @@ Each function takes the command's description and its words (None: those of the 
 import argparse
 from pathlib import Path
 
+from gpt2repro.data.shards import FORMATS
+
 from .tasks import TASKS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -57,7 +59,9 @@ def lm_harness(description: str | None, argv: list[str] | None) -> argparse.Name
     parser = model_parser(description)
     parser.add_argument("--tasks", required=True, help="names of lm-eval's tasks, separated by commas")
     parser.add_argument("--include-path", help="folder with task definitions of your own")
-    parser.add_argument("--batch-size", type=int, default=16, help="requests a forward (default: %(default)s)")
+    parser.add_argument("--fast", action="store_true", help="score with this project's scorer, in fewer forwards")
+    batch_help = "requests a forward, with --fast those of text generation alone (default: %(default)s)"
+    parser.add_argument("--batch-size", type=int, default=16, help=batch_help)
     parser.add_argument("--limit", type=int, help="only the first N items of every task (default: all)")
     parser.add_argument("--output", help="JSON file (default: lm_eval.json in the checkpoint's folder)")
     arguments = parser.parse_args(argv)
@@ -69,8 +73,9 @@ def lm_harness(description: str | None, argv: list[str] | None) -> argparse.Name
 def validation(description: str | None, argv: list[str] | None) -> argparse.Namespace:
     parser = model_parser(description)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--dataset", help="folder of prepared token shards; its validation split is measured")
+    source.add_argument("--dataset", nargs="+", metavar="DIR", help="token shards; their validation split is measured")
     source.add_argument("--text", help="a text file in UTF-8")
+    parser.add_argument("--format", default="auto", choices=FORMATS, help="--dataset: nanoGPT's .bin must be named")
     parser.add_argument("--seq-len", type=int, help="tokens of a window (default: the model's longest)")
     parser.add_argument("--stride", type=int, help="--text: new tokens of a window (default: seq-len, no overlap)")
     parser.add_argument("--max-tokens", type=int, help="--dataset: count at most this many tokens (default: all)")
