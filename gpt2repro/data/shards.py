@@ -4,7 +4,7 @@ Own format: a folder of `train-00000.npy …`, `val-00000.npy …` (1-D uint16, 
 the tokenizer's files, and `dataset.json`, which is written last and records what the folder holds. <|endoftext|>
 precedes every document. All shards of a split are ONE stream: nothing is lost at a shard's end.
 
-    dataset = open_dataset("data/fineweb-edu-10bt")     # checks sizes and headers; verify() checks contents
+    dataset = open_dataset("data/fineweb-edu-10b")      # checks sizes and headers; verify() checks contents
     train = dataset.split("train")
     train.read(start=123_456_789, count=1025)            # token ids; after the last token comes token 0
 
