@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# AdamW, tuned over four learning rates, against Muon at the size of GPT-2 124M on one GPU; the same command again
-# resumes after a stop.
+# AdamW against the Muon pack at the size of GPT-2 124M on one GPU, each tuned over three learning rates, then the best
+# of both with three seeds; the same command again resumes after a stop.
 #
 #   benchmarks/experiments_gpu.sh 'path/to/corpus/train-*.jsonl.zst' TOKENIZER runs/experiments-gpu [MAX_STEPS]
 #
-# Sized for 20 minutes of an H100: 14 runs of MAX_STEPS (default: 300; three of them 225) steps of 65,536 tokens are 261M
-# tokens. They take 9.3 minutes at llm.c's 468k tokens/s, and about 40 s per run to start and compile. TOKENIZER is a
-# folder or a Hub id with GPT-2's tokenizer.
+# Sized for 15 minutes of an H100: 10 runs of MAX_STEPS (default: 300) steps of 65,536 tokens are 197M tokens. They take
+# 7.0 minutes at llm.c's 468k tokens/s, and about 40 s per run to start and compile. TOKENIZER is a folder or a Hub id
+# with GPT-2's tokenizer. The last sweep's table compares the two by seed; optimizers.png has their curves.
 set -eu
 corpus=$(realpath -m "$1") tokenizer=$(realpath -m "$2") out=$(realpath -m "$3") steps=${4:-300}
 python=${PYTHON:-.venv/bin/python}
@@ -23,8 +23,8 @@ sweep() { # NAME ARGUMENTS …
     echo "== $name"
     "$python" -m gpt2repro.tools.sweep recipes/gpt2-124m-10b.yaml --output "$out/$name" --source null \
         --tokenizer null --dataset_dir "$out/corpus" --global_batch_tokens 65536 --micro_batch_size 32 \
-        --max_steps "$steps" --warmup_steps $((steps / 20)) --save_every "$steps" --keep_last 1 --sample_every 0 \
-        --eval_tasks --eval_every 25 --eval_tokens 327680 "$@" || [ $? -eq 1 ]
+        --max_steps "$steps" --save_every "$steps" --keep_last 1 --sample_every 0 --schedule wsd_linear \
+        --decay_ratio 0.7 --min_lr_ratio 0 --eval_tasks --eval_every 25 --eval_tokens 327680 "$@" || [ $? -eq 1 ]
 }
 
 best() { # NAME FIELD: the value with the lowest mean loss
@@ -35,16 +35,34 @@ print(min(results, key=lambda result: result["mean"])["setting"][sys.argv[2]])
 PYTHON
 }
 
-sweep adamw --set learning_rate=6e-4,1.2e-3,2.4e-3,4.8e-3
-LEARNING_RATE=$(best adamw learning_rate)
-sweep muon --set muon_learning_rate=1.2e-3,2.4e-3,4.8e-3 --optimizer muon --learning_rate "$LEARNING_RATE"
-MUON_LEARNING_RATE=$(best muon muon_learning_rate)
-muon=(--optimizer muon --muon_learning_rate "$MUON_LEARNING_RATE")
+warmup=(--warmup_steps $((steps / 20)))
+sweep adamw-rates --set learning_rate=6e-4,1.2e-3,2.4e-3 "${warmup[@]}"
+LEARNING_RATE=$(best adamw-rates learning_rate)
+pack=(--optimizer muon --muon_split_qkv true --normuon true --cautious_weight_decay true --warmup_steps 0)
+pack+=(--learning_rate "$LEARNING_RATE")
+sweep muon-rates --set muon_learning_rate=2.4e-3,4.8e-3,9.6e-3 "${pack[@]}"
+MUON_LEARNING_RATE=$(best muon-rates muon_learning_rate)
 
-# ---- the best of both with three seeds, and Muon with three quarters of the tokens -----------------------------
-for name in adamw muon; do
-    cp "$out/$name/sweep.json" "$out/$name/rates.json"
-done
-sweep adamw --set "learning_rate=$LEARNING_RATE" --seeds 3
-sweep muon --set "muon_learning_rate=$MUON_LEARNING_RATE" --seeds 3 --optimizer muon --learning_rate "$LEARNING_RATE"
-sweep muon-fewer-tokens --set "max_steps=$((steps * 3 / 4))" --seeds 3 --learning_rate "$LEARNING_RATE" "${muon[@]}"
+# ---- the best of both with two more seeds each, and one picture --------------------------------------------------
+sweep adamw --set "learning_rate=$LEARNING_RATE" --set seed=1338,1339 "${warmup[@]}"
+sweep muon --set "muon_learning_rate=$MUON_LEARNING_RATE" --set seed=1338,1339 "${pack[@]}"
+"$python" - "$out" "$LEARNING_RATE" "$MUON_LEARNING_RATE" <<'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+from gpt2repro.tools.sweep import draw, table
+
+out, results = Path(sys.argv[1]), []
+for name, label, rate in ("adamw", "AdamW", sys.argv[2]), ("muon", "Muon pack", sys.argv[3]):
+    together = {"setting": {"optimizer": label}, "seeds": [], "losses": [], "curves": [], "std": None}
+    for folder in f"{name}-rates", name:
+        for result in json.loads((out / folder / "sweep.json").read_text()):
+            if rate in result["setting"].values():
+                for key in "seeds", "losses", "curves":
+                    together[key] += result[key]
+    together["mean"] = sum(together["losses"]) / len(together["losses"])
+    results.append(together)
+print(table(results))
+draw(results, out / "optimizers.png")
+PYTHON
