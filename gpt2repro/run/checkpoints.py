@@ -190,6 +190,10 @@ def load_checkpoint(
         raise ValueError(
             f"{path / OPTIMIZER} is not of this optimizer: it holds {len(tensors)} tensors of other names"
         )
+    for name, tensor in tensors.items():
+        if tensor.shape != current[name].shape:  # a fused kernel would read past its end
+            shapes = f"{list(tensor.shape)}, not {list(current[name].shape)}"
+            raise ValueError(f"{path / OPTIMIZER} is not of this model: {name} has shape {shapes}")
     for name, now in current.items():
         if isinstance(now, DTensor):  # this process's shard of it; every process has read the whole
             whole = tensors[name].to(now.device)
