@@ -11,6 +11,7 @@ Nobody outside this package knows these names. A run that has claimed its folder
 the run's after `mv`, and another folder with the old name is not touched.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -25,10 +26,8 @@ from typing import IO, Any
 from uuid import uuid4
 
 import torch
-from accelerate import Accelerator
 
 from gpt2repro.files import take_lock, write_whole
-from gpt2repro.processes import on_main_process
 from gpt2repro.recipe import DEFINING_FIELDS, Recipe, write_recipe
 from gpt2repro.run import checkpoints
 from gpt2repro.run.metrics import MetricsLog, read_metrics
@@ -61,6 +60,12 @@ class RunFolder:
         if os.path.lexists(link):
             return Path(os.readlink(link))
         raise ValueError(f"{self._given} is not the folder of this run any more: move it back and start again")
+
+    @property
+    def root(self) -> Path:
+        """The folder by a name that stays right while it is moved, to write in: that of the open directory."""
+        link = Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
+        return link if link.exists() else self.path
 
     # ---- reading -------------------------------------------------------------------------------------------
 
@@ -142,7 +147,8 @@ class RunFolder:
         """
         try:
             self._given.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self._given, os.O_RDONLY)
+            if sys.platform != "win32":  # where no folder can be opened
+                self._descriptor = os.open(self._given, os.O_RDONLY)
             self._lock = take_lock(self.path / LOCK)
             record = self.check(recipe, dataset=dataset, model=model)  # once more: nobody else can write now
             record["starts"].append(_start(world_size))
@@ -163,7 +169,7 @@ class RunFolder:
     @property
     def profile(self) -> Path:
         """The file for the trace of a few steps."""
-        return self.path / PROFILE
+        return self.root / PROFILE
 
     def open_metrics(self, recipe: Recipe, *, step: int) -> MetricsLog:
         """metrics.jsonl without the rows after `step`, and the trackers beside it."""
@@ -172,16 +178,15 @@ class RunFolder:
         log.start_trackers(recipe, folder=self.path, run_id=self._record["id"], step=step, is_new=is_new)
         return log
 
-    def save(self, step: int, recipe: Recipe, *, accelerator: Accelerator, fingerprint: str, **what: Any) -> Path:
+    def save(self, step: int, recipe: Recipe, *, fingerprint: str, **what: Any) -> Path:
         """Save a checkpoint; called on every process, see `checkpoints.save_checkpoint`.
 
         Raises:
             ValueError: it cannot be saved, or another process has claimed the folder.
         """
-        on_main_process(accelerator, self._refuse_a_second_writer)
         what["state"] = {"tokens": step * recipe.global_batch_tokens, "dataset_fingerprint": fingerprint}
         what["keep_last"], what["keep_every"] = recipe.keep_last, recipe.keep_every
-        return checkpoints.save_checkpoint(self.path, step, accelerator=accelerator, **what)
+        return checkpoints.save_checkpoint(self.root, step, check=self._refuse_a_second_writer, **what)
 
     def _refuse_a_second_writer(self) -> None:
         """The lock does not show one on a disk whose locks do nothing, or only on one machine."""
@@ -189,13 +194,14 @@ class RunFolder:
         if record and (last := record["starts"][-1]) != self._record["starts"][-1]:
             raise ValueError(
                 f"another process has started in {self.path} since ({last['host']}, process {last['pid']}), so this "
-                "one ends and leaves the folder to it"
+                "one does not save and ends"
             )
 
     def release(self) -> None:
         """Let others have the folder. A process that is killed lets them have it too."""
         if self._lock is not None:
-            (self.path / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # Windows deletes no open file; then it stays
+                (self.root / LOCK).unlink(missing_ok=True)
             self._lock.close()
         if self._descriptor is not None:
             os.close(self._descriptor)

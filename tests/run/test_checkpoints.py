@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -49,12 +50,14 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def parts(self) -> dict:
+        names = ("model", "optimizer", "tokenizer", "accelerator")
+        return {name: getattr(self, name) for name in names}
+
     def save(self, run_dir: Path, step: int, *, keep_last: int = 2) -> Path:
         run_dir.mkdir(exist_ok=True)
-        return save_checkpoint(
-            run_dir, step, model=self.model, optimizer=self.optimizer, tokenizer=self.tokenizer,
-            accelerator=self.accelerator, state={"tokens": step, "dataset_fingerprint": "f"}, keep_last=keep_last,
-        )  # fmt: skip
+        state = {"tokens": step, "dataset_fingerprint": "f"}
+        return save_checkpoint(run_dir, step, state=state, keep_last=keep_last, **self.parts())
 
     def load(self, checkpoint: Path) -> dict:
         return load_checkpoint(
@@ -141,6 +144,17 @@ def test_a_checkpoint_of_a_format_to_come_is_refused(training, tmp_path, monkeyp
     saved = training.save(tmp_path / "run", 1)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="is of format 2, this code reads 1"):
+        training.load(saved)
+
+
+def test_an_optimizer_state_of_another_shape_is_refused(training, tmp_path, monkeypatch):
+    def save_columns(tensors, path):
+        cut = {name: tensor[..., :1].contiguous() if tensor.dim() else tensor for name, tensor in tensors.items()}
+        save_file(cut, path)
+
+    monkeypatch.setattr("gpt2repro.run.checkpoints.save_file", save_columns)
+    saved = training.save(tmp_path / "run", 1)
+    with pytest.raises(ValueError, match=r"optimizer.safetensors is not of this model: .* has shape \[\d+, 1\], not"):
         training.load(saved)
 
 
@@ -246,7 +260,7 @@ def test_a_disk_that_is_full_at_any_block_of_a_save_leaves_the_checkpoint_before
                 except ValueError as error:
                     assert "saving step 2" in str(error) and "make room" in str(error)
                 assert_only(run_dir, first, before)
-                shutil.rmtree(run_dir / ".step-00000002.tmp", ignore_errors=True)
+                assert not list(run_dir.glob(".step-*"))
                 needed += 1
         assert needed > sum(len(data) // block for data in before.values())  # every block was the one that failed
         assert [path.name for path in run_dir.glob("step-*")] == ["step-00000002"]
@@ -258,10 +272,7 @@ def test_a_run_folder_that_was_taken_away_is_an_error_and_not_begun_anew(trainin
     training.save(tmp_path / "run", 1)
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=r"saving step 2 .*No such file or directory"):
-        save_checkpoint(
-            tmp_path / "run", 2, model=training.model, optimizer=training.optimizer, tokenizer=training.tokenizer,
-            accelerator=training.accelerator, state={}, keep_last=2,
-        )  # fmt: skip
+        save_checkpoint(tmp_path / "run", 2, state={}, keep_last=2, **training.parts())
     assert not (tmp_path / "run").exists()
 
 
@@ -287,7 +298,7 @@ def test_every_file_is_on_the_disk_before_the_checkpoint_gets_its_name_and_older
     monkeypatch.setattr(os, "replace", lambda a, b: (done.append(("rename", str(b))), replace(a, b)))
     saved = training.save(tmp_path, 2, keep_last=1)
     renamed = done.index(("rename", str(saved)))
-    hidden = tmp_path / ".step-00000002.tmp"
+    hidden = tmp_path / f".step-00000002.{os.getpid()}.tmp"
     files = {str(hidden / path.name) for path in saved.iterdir()}
     assert {path for _, path in done[:renamed]} == {str(hidden), *files}
     named = done.index(("sync", str(tmp_path)))
@@ -297,24 +308,18 @@ def test_every_file_is_on_the_disk_before_the_checkpoint_gets_its_name_and_older
 # ---- kills ---------------------------------------------------------------------------------------------------
 
 
-def inject_faults(dataset: Path, result: Path, *flags: str, timeout: float) -> dict:
-    command = [sys.executable, "-m", "benchmarks.fault_injection", "--dataset", str(dataset), "--json", str(result)]
-    done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+@pytest.mark.parametrize("fault", ["killed", "moved_folder"])
+def test_the_fault_injection_breaks_runs_and_finds_nothing(tmp_path, fault):
+    result = tmp_path / "result.json"
+    command = [sys.executable, "-m", "benchmarks.fault_injection", "--faults", fault, "--times", "1"]
+    done = subprocess.run([*command, "--json", str(result)], cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(result.read_text())
-
-
-def test_six_kills_lose_no_checkpoint_and_change_no_bit(tiny_dataset, tmp_path):
-    flags = ["--kills", "6", "--processes", "1", "--max-steps", "120"]
-    (campaign,) = inject_faults(tiny_dataset, tmp_path / "result.json", *flags, timeout=1800)["campaigns"]
-    assert campaign["kills"] == 6
-    assert campaign["checkpoints_seen"] > 0
-    assert campaign["lost"] == campaign["mismatches"] == []
+    row = json.loads(result.read_text())["faults"][fault]
+    assert row["times"] >= 1 and row["problems"] == 0
 
 
 @pytest.mark.slow
-def test_two_hundred_kills_of_one_and_two_processes_lose_no_checkpoint_and_change_no_bit(tiny_dataset, tmp_path):
-    campaigns = inject_faults(tiny_dataset, tmp_path / "result.json", "--kills", "200", timeout=4 * 3600)["campaigns"]
-    assert sum(campaign["kills"] for campaign in campaigns) == 200
-    assert all(campaign["lost"] == campaign["mismatches"] == [] for campaign in campaigns)
-    assert all(campaign["kills_inside_a_save"] for campaign in campaigns)
+def test_every_fault_five_times_breaks_no_promise(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.fault_injection", "--times", "5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=4 * 3600)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -10,14 +10,20 @@ import sys
 from dataclasses import replace
 
 import pytest
-from accelerate import Accelerator
 
 from gpt2repro.recipe import Recipe
+from gpt2repro.run.checkpoints import verify_checkpoint
 from gpt2repro.run.folder import RunFolder
 from tests.conftest import ROOT, end, wait_until
+from tests.run.test_checkpoints import Training
 from tests.test_train import assert_same_bits
 
 FACTS = {"dataset": {"fingerprint": "f"}, "model": {}}
+
+
+@pytest.fixture(scope="module")
+def training(tiny_dataset) -> Training:
+    return Training(tiny_dataset)
 
 
 def claimed(path, recipe=None) -> RunFolder:
@@ -96,7 +102,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
 
 
 def test_a_disk_without_locks_is_a_warning_and_the_first_of_two_writers_ends_at_its_next_save(
-    tmp_path, monkeypatch, capsys
+    training, tmp_path, monkeypatch, capsys
 ):
     def no_locks(file, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -105,15 +111,28 @@ def test_a_disk_without_locks_is_a_warning_and_the_first_of_two_writers_ends_at_
     first = claimed(tmp_path / "run")
     warning = f"warning: the disk of {tmp_path / 'run'} has no file locks (No locks available)"
     assert capsys.readouterr().err.startswith(warning)
-    accelerator = Accelerator(cpu=True)
-    with pytest.raises(TypeError, match="missing 3 required"):  # past the check, as long as it is alone
-        first.save(1, Recipe(), accelerator=accelerator, fingerprint="f")
     monkeypatch.setattr(os, "getpid", lambda: 12345)
-    claimed(tmp_path / "run")
+    claimed(tmp_path / "run").save(2, Recipe(), fingerprint="f", **training.parts())
+    monkeypatch.undo()
     before = content(tmp_path / "run")
     with pytest.raises(ValueError, match=f"another process has started in {tmp_path / 'run'} since .*process 12345"):
-        first.save(1, Recipe(), accelerator=accelerator, fingerprint="f")
+        first.save(4, Recipe(), fingerprint="f", **training.parts())
     assert content(tmp_path / "run") == before
+
+
+def test_a_folder_that_is_moved_in_the_middle_of_a_save_gets_the_checkpoint(training, tmp_path, monkeypatch):
+    folder, write_weights = claimed(tmp_path / "run"), training.model.save_pretrained
+
+    def move_first(*arguments, **settings):
+        (tmp_path / "run").rename(tmp_path / "moved")
+        (tmp_path / "run").mkdir()
+        write_weights(*arguments, **settings)
+
+    monkeypatch.setattr(training.model, "save_pretrained", move_first)
+    folder.save(2, Recipe(), fingerprint="f", **training.parts())
+    folder.release()
+    assert not list((tmp_path / "run").iterdir())
+    assert verify_checkpoint(tmp_path / "moved" / "latest")["step"] == 2
 
 
 def test_a_folder_of_another_run_or_of_something_else_is_refused_and_left_as_it_was(tmp_path):
