@@ -104,7 +104,7 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
 
     def take_folder() -> None:
         nonlocal log, pushes
-        pushes = BackgroundPush(recipe, run_dir=folder.path) if recipe.hub_repo_id else None
+        pushes = BackgroundPush(recipe, run_dir=folder.root) if recipe.hub_repo_id else None
         folder.claim(recipe, **facts, world_size=world_size)
         folder.resume_from(checkpoint, step=start_step)
         log = folder.open_metrics(recipe, step=start_step)
