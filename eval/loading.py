@@ -13,7 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_gpt2repro  # noqa: F401 (the import registers our classes with the Auto classes)
+from gpt2repro.files import linked
 from gpt2repro.hub.loading import from_pretrained
+from gpt2repro.train.devices import best_device
 
 # An embedding that was padded for speed has more rows than its tokenizer has tokens (GPT-2: 50304 for 50257; published
 # models: up to 905 more). A larger difference means another tokenizer.
@@ -30,7 +32,9 @@ def load_model(
         ValueError: no checkpoint there, weights that are missing or not finite, a tokenizer of another model, or a
             device that this machine lacks.
     """
-    folder = Path(name)
+    folder = linked(Path(name))
+    if folder != Path(name):
+        name = str(folder)
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):  # not a Hub id
         raise ValueError(
             f"there is no folder {name}: give a checkpoint folder, or a Hub id such as openai-community/gpt2"
@@ -71,10 +75,6 @@ def _check_weights(name: str, model, report: dict) -> None:
     for key, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise ValueError(f"{name} has NaN or infinite weights in {key}: give an earlier checkpoint")
-
-
-def best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_vocabulary(model, tokenizer) -> None:

@@ -1,6 +1,5 @@
-"""Files that are written whole or not at all, their hashes, and locks between processes."""
+"""Files that are written whole or not at all, their hashes, links, and locks between processes."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +20,9 @@ def seal(record: dict[str, Any]) -> str:
 
 def sync(path: str | Path) -> None:
     """Wait until the disk has a file's content, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if sys.platform == "win32" and os.path.isdir(path):  # it syncs no folder, and a file that is open for writing
+        return
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -37,6 +38,25 @@ def write_whole(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def link_to(target: Path, link: Path) -> None:
+    """Make `link` mean `target` beside it; where the system refuses links (Windows), a file with its name does so."""
+    aside = link.with_name(f".{link.name}.tmp")
+    aside.unlink(missing_ok=True)
+    try:
+        aside.symlink_to(target.name)
+    except OSError:
+        aside.write_text(target.name, encoding="utf-8")
+    os.replace(aside, link)
+    sync(link.parent)
+
+
+def linked(link: Path) -> Path:
+    """The folder that `link_to` made `link` mean; any other path as it is."""
+    if link.is_file() and link.stat().st_size < 256 and (target := link.parent / link.read_text().strip()).is_dir():
+        return target
+    return link
+
+
 def take_lock(path: Path) -> IO[str]:
     """Lock a file until the returned one is closed or the process ends, however it ends.
 
@@ -47,10 +67,17 @@ def take_lock(path: Path) -> IO[str]:
     """
     file = open(path, "a")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # the second on Windows
         file.close()
-        raise
+        raise BlockingIOError(*error.args) from None
     except OSError as error:
         why = f"the disk of {path.parent} has no file locks ({error.strerror})"
         print(f"warning: {why}: let only one process write there", file=sys.stderr)

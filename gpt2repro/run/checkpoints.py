@@ -3,7 +3,7 @@
     runs/NAME/step-00005000/   config.json, generation_config.json, model.safetensors, tokenizer, our two files,
                                optimizer.safetensors (by parameter name), trainer_state.json (the completion record);
                                with `ema_decay` model.ema.safetensors, which from_pretrained(…, variant="ema") loads
-    runs/NAME/latest           a link to the newest
+    runs/NAME/latest           a link to the newest, a file with its name where links are refused
 
 A checkpoint is written to a hidden folder, synced to the disk and renamed; older ones are deleted only after that. So
 a step-… folder that is not whole was damaged later, and resume says so instead of passing it over. Nothing in it is a
@@ -34,7 +34,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from gpt2repro.files import file_sha256, seal, sync
+from gpt2repro.files import file_sha256, link_to, linked, seal, sync
 from gpt2repro.processes import on_main_process, unsharded
 
 RECORD = "trainer_state.json"
@@ -87,7 +87,7 @@ def save_checkpoint(
         _complete(aside, {"format": FORMAT_VERSION, "step": step, **state, **scale})
         check()
         os.replace(aside, final)
-        _point_latest_at(final)
+        link_to(final, run_dir / "latest")
         whole = [path for path in _checkpoints(run_dir) if (path / RECORD).exists()]
         for old in whole[:-keep_last] if keep_last else []:
             if keep_every and int(old.name.removeprefix("step-")) % keep_every == 0:
@@ -129,15 +129,7 @@ def resume_from(run_dir: Path, found: Path | None, *, step: int) -> None:
         shutil.rmtree(run_dir / f"abandoned-{newer.name}", ignore_errors=True)
         os.replace(newer, run_dir / f"abandoned-{newer.name}")
     if found and found.parent == run_dir.resolve():
-        _point_latest_at(run_dir / found.name)
-
-
-def _point_latest_at(checkpoint: Path) -> None:
-    link = checkpoint.parent / ".latest.tmp"
-    link.unlink(missing_ok=True)
-    link.symlink_to(checkpoint.name)
-    os.replace(link, checkpoint.parent / "latest")
-    sync(checkpoint.parent)
+        link_to(run_dir / found.name, run_dir / "latest")
 
 
 def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
@@ -155,7 +147,7 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
         if len(found) < 2:
             raise ValueError(f"resume is previous, but {run_dir} holds {len(found)} checkpoints: expected two")
         return found[-2]
-    path = Path(resume)
+    path = linked(Path(resume))
     if not (path / RECORD).is_file():
         raise ValueError(f"resume is {resume!r}, which is no complete checkpoint (no {RECORD}): give a step-… folder")
     return path.resolve()

@@ -8,32 +8,31 @@ import torch
 
 @dataclass(frozen=True)
 class Choices:
-    """What `auto` means on one kind of device, beside `sdpa` attention and the fused AdamW, which hold for all."""
+    """What `auto` means on one kind of device. All have `sdpa` attention and the fused AdamW."""
 
     mixed_precision: str  # what the hardware computes in, with loss scaling where it is fp16
     compile: bool
     loss_impl: str  # chunked where memory is the card's
-    pinned_memory: bool
 
 
 CHOICES = {
-    "CUDA from 8.0 on": Choices("bf16", compile=True, loss_impl="chunked", pinned_memory=True),  # Ampere
-    "CUDA 7.0 to 7.5": Choices("fp16", compile=True, loss_impl="chunked", pinned_memory=True),  # V100, T4
-    "CUDA before 7.0": Choices("no", compile=False, loss_impl="chunked", pinned_memory=True),  # Triton refuses these
-    "ROCm": Choices("bf16", compile=True, loss_impl="chunked", pinned_memory=True),
-    "XPU": Choices("bf16", compile=False, loss_impl="chunked", pinned_memory=False),
-    "MPS": Choices("no", compile=False, loss_impl="chunked", pinned_memory=False),
-    "CPU with bf16": Choices("bf16", compile=False, loss_impl="plain", pinned_memory=False),  # AVX512-BF16 or AMX
-    "CPU": Choices("no", compile=False, loss_impl="plain", pinned_memory=False),
+    "CUDA from 8.0 on": Choices("bf16", compile=True, loss_impl="chunked"),  # Ampere
+    "CUDA 7.0 to 7.5": Choices("fp16", compile=True, loss_impl="chunked"),  # V100, T4
+    "CUDA before 7.0": Choices("no", compile=False, loss_impl="chunked"),  # Triton refuses these
+    "ROCm": Choices("bf16", compile=True, loss_impl="chunked"),
+    "XPU": Choices("bf16", compile=False, loss_impl="chunked"),
+    "MPS": Choices("no", compile=False, loss_impl="chunked"),
+    "CPU with bf16": Choices("bf16", compile=False, loss_impl="plain"),  # AVX512-BF16 or AMX
+    "CPU": Choices("no", compile=False, loss_impl="plain"),
 }
 
 
-def best_device() -> torch.device:
-    """The accelerator of this machine, unless the launcher asks for the CPU; else the CPU."""
+def best_device() -> str:
+    """The accelerator of this machine, or the CPU where there is none or the launcher asks for it."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
-        return torch.device("cpu")
-    return accelerator
+        return "cpu"
+    return accelerator.type
 
 
 def kind_of(device: torch.device) -> str:
@@ -66,7 +65,5 @@ def choices(device: torch.device) -> Choices:
 def description(device: torch.device) -> str:
     """One line: the device's kind and what `auto` chooses on it."""
     auto = choices(device)
-    return (
-        f"{kind_of(device)}: mixed_precision {auto.mixed_precision}, {'compiled' if auto.compile else 'eager'}, sdpa "
-        f"attention, {auto.loss_impl} loss, fused AdamW, {'' if auto.pinned_memory else 'no '}pinned memory"
-    )
+    compiled = "compiled" if auto.compile else "eager"
+    return f"{kind_of(device)}: mixed_precision {auto.mixed_precision}, {compiled}, {auto.loss_impl} loss"

@@ -30,7 +30,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         ValueError: several processes asked for and one started; a launcher that contradicts the recipe; a tracker
             that is not installed (Accelerate would leave it out with a warning).
     """
-    device = best_device()
+    device = torch.device(best_device())
     # `accelerate launch --cpu --num_processes 2` sets an address for the others, but starts none of them.
     several = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     if several and "WORLD_SIZE" not in os.environ:

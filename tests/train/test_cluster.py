@@ -103,5 +103,5 @@ def test_the_slurm_script_saves_before_the_time_limit_requeues_itself_and_resume
     assert again.returncode == 0, output
     assert "resumed from" in output
     assert not (tmp_path / "step2.q").exists()
-    train_script(tmp_path / "unbroken", processes=2, **{**fields, "mixed_precision": "bf16"})
+    train_script(tmp_path / "unbroken", processes=2, **fields)
     assert_same_bits(run_dir, tmp_path / "unbroken")
