@@ -1,5 +1,6 @@
 """Every recipe and launcher configuration that the project ships can be used as it is."""
 
+import math
 import os
 import re
 import shutil
@@ -26,7 +27,8 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_has_no_problem(path):
     recipe = parse_recipe(["--recipe", str(path)], default=DEFAULT_RECIPE)
-    for world_size in (1, 8) if recipe.model == "gpt2" else (1,):
+    for_eight = recipe.model == "gpt2" and path.stem not in ("gpt2-124m-1gpu", "gpt2-124m-4090")
+    for world_size in (1, 8) if for_eight else (1,):
         recipe.check(world_size=world_size)
 
 
@@ -95,11 +97,14 @@ def test_parameters_tokens_and_flops_in_a_header_follow_from_the_code(path):
 @pytest.mark.parametrize("path", [p for p in RECIPES if p.stem.startswith("gpt2-")], ids=lambda path: path.stem)
 def test_hours_in_a_header_follow_from_its_mfu_and_the_mfu_from_the_speed_it_cites(path):
     header, recipe, costs = header_and_costs(path)
-    cards = re.findall(r"(A100|H100): ([\d.]+) % MFU \((.*?)\); ([\d.]+) hours on 1, ([\d.]+) on 8", header)
-    assert [card for card, *_ in cards] == ["A100", "H100"]
+    line = r"(A100|H100|RTX 4090): ([\d.]+) % MFU \((.*?)\); ([\d.]+) hours on 1(?:, ([\d.]+) on 8)?"
+    cards = re.findall(line, header)
+    assert [card for card, *_ in cards] == ["A100", "H100", *(["RTX 4090"] if path.stem.endswith("4090") else [])]
     for card, mfu, source, on_1, on_8 in cards:
         hours = costs["flops"] / (float(mfu) / 100 * PEAK_FLOPS[card]) / 3600
-        assert (on_1, on_8) == (f"{hours:.1f}", f"{hours / 8:.1f}")
+        assert (on_1, on_8) == (f"{hours:.1f}", f"{hours / 8:.1f}" if on_8 else "")
+        if price := re.search(rf"{card} (\d+) at ([\d.]+) an hour", header):
+            assert price[1] == f"{hours * float(price[2]):.0f}"
         if speed := re.search(r"([\d.]+)k tokens/s a card", source):
             tokens_per_second = 1000 * float(speed[1])
         elif step := re.search(r"([\d.]+) (ms|s) a step on 8", source):
@@ -111,15 +116,35 @@ def test_hours_in_a_header_follow_from_its_mfu_and_the_mfu_from_the_speed_it_cit
         assert mfu == f"{100 * tokens_per_second * costs['per_token'] / PEAK_FLOPS[card]:.1f}"
 
 
-def test_muons_own_matmuls_cost_what_its_recipe_says():
-    header, recipe, costs = header_and_costs(ROOT / "recipes" / "gpt2-124m-muon.yaml")
+@pytest.mark.parametrize("stem", ["gpt2-124m-muon", "gpt2-124m-speedrun"])
+def test_muons_own_matmuls_cost_what_its_recipe_says(stem):
+    header, recipe, costs = header_and_costs(ROOT / "recipes" / f"{stem}.yaml")
+    assert recipe.muon_split_qkv
     C, n_layer = 768, 12
     flops = 0
-    for n, m in ((C, 3 * C), (C, C), (C, 4 * C), (C, 4 * C)):  # X X^T, its square, and that times X, five times
+    for n, m in (*[(C, C)] * 4, (C, 4 * C), (C, 4 * C)):  # X X^T, its square, and that times X, five times
         flops += n_layer * 5 * (2 * n * n * m + 2 * n**3 + 2 * n * n * m)
     own = re.search(r"([\d.e+]+) FLOPs a step on every card.*: ([\d.]+) % on 1, ([\d.]+) % on 8", header)
     share = flops / (costs["per_token"] * recipe.global_batch_tokens)
     assert own.groups() == (f"{flops:.2e}", f"{100 * share:.1f}", f"{100 * share * 8:.1f}")
+
+
+def test_muons_rate_and_decay_are_the_public_tracks_in_our_convention():
+    """Its update of A x B has the size 1 * max(1, A / B)**0.5 for a rate of 0.025, ours 0.2 * max(A, B)**0.5."""
+    recipe = parse_recipe(["--recipe", str(ROOT / "recipes" / "gpt2-124m-muon.yaml")], default=DEFAULT_RECIPE)
+    assert recipe.muon_learning_rate == pytest.approx(0.025 / (0.2 * 768**0.5), rel=0.01)
+    assert recipe.muon_weight_decay == pytest.approx(0.025 * 0.05 / recipe.muon_learning_rate, rel=0.01)
+
+
+@pytest.mark.parametrize("stem", ["gpt2-124m-1gpu", "gpt2-124m-4090"])
+def test_batch_beta2_and_rate_of_the_recipes_for_one_card_follow_their_rule(stem):
+    recipe = parse_recipe(["--recipe", str(ROOT / "recipes" / f"{stem}.yaml")], default=DEFAULT_RECIPE)
+    best = 2**19 * (recipe.max_steps * recipe.global_batch_tokens / 300e9) ** 0.383
+    assert recipe.global_batch_tokens == 2 ** int(math.log2(best))
+    share = recipe.global_batch_tokens / 2**19
+    assert recipe.beta2 == pytest.approx(0.95**share, abs=5e-6)
+    assert recipe.learning_rate == pytest.approx(1e-3 * share**0.5, rel=0.02)
+    assert recipe.accumulation_steps(1) <= 2
 
 
 @pytest.mark.parametrize(
@@ -151,8 +176,8 @@ def started(tiny_dataset, tmp_path_factory) -> Path:
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32}
     GPT2LMHeadModel(GPT2Config(**shape, vocab_size=512)).save_pretrained(folder / "stock")
     small = {**shape, "seq_len": 32, "global_batch_tokens": 128, "micro_batch_size": 2, "max_steps": 2,
-             "warmup_steps": 1, "eval_tokens": 256, "sample_tokens": 2, "dataset_dir": tiny_dataset, "source": "null",
-             "tokenizer": "null", "mixed_precision": "no"}  # fmt: skip
+             "warmup_steps": 0, "eval_tokens": 256, "sample_tokens": 2, "dataset_dir": tiny_dataset, "source": "null",
+             "tokenizer": "null", "val_tokens": "null", "mixed_precision": "no"}  # fmt: skip
     flags = [word for name, value in small.items() for word in (f"--{name}", str(value))]
     commands = []
     for path in RECIPES:
