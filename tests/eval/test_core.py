@@ -14,10 +14,12 @@ import torch
 import yaml
 
 from benchmarks.core_parity import ForNanochat, load_reference, reference_verdict
+from configuration_gpt2repro import GPT2ReproConfig
 from eval import core_tasks
 from eval.core import core_figures, core_text, main, prepare_core, score_rows, task_figures
 from eval.core_tasks import PUBLISHED_ROWS, CoreTask, bundle_folder, encode, prompts, read_bundle, read_rows
 from eval.multiple_choice import evaluate_tasks, prepare_task
+from modeling_gpt2repro import GPT2ReproForCausalLM
 
 WORDS = "man ball neck throws milk bowl plant water rice wheat corn moss yes no time".split()
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,12 +69,33 @@ def reference():
     return load_reference(path)
 
 
+@pytest.fixture(scope="module")
+def taught_model(bundle, bpe):
+    """A model that was trained on the answers of every second row: of any other, every continuation is wrong."""
+    torch.manual_seed(0)
+    config = GPT2ReproConfig(vocab_size=len(bpe), n_positions=64, n_layer=2, n_head=2, n_embd=32)
+    model = GPT2ReproForCausalLM(config)
+    items = []
+    for own in read_bundle(bundle):
+        rows = read_rows(own)
+        items += filter(None, encode(own, rows, range(0, len(rows), 2), bpe, max_length=64))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        for item in items:
+            target = torch.tensor(item.targets[item.label])
+            logits = model(torch.tensor([item.inputs[item.label]]), logits_to_keep=len(target)).logits[0]
+            torch.nn.functional.cross_entropy(logits, target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
 def task(kind: str, *, shots: int = 0, delimiter: str = " ") -> CoreTask:
     return CoreTask("a task", kind, Path("rows.jsonl"), shots, delimiter, 0.25)
 
 
-def test_every_verdict_is_that_of_nanochats_code(reference, bundle, tiny_model, stock_model, bpe):
-    for model in (tiny_model, stock_model):  # 64 positions: the texts with examples are cut
+def test_every_verdict_is_that_of_nanochats_code(reference, bundle, tiny_model, stock_model, taught_model, bpe):
+    for model in (tiny_model, stock_model, taught_model):  # 64 positions: the texts with examples are cut
         both = ForNanochat(model, bpe)
         for own in read_bundle(bundle):
             rows = read_rows(own)
@@ -152,20 +175,12 @@ def test_the_batch_size_and_the_share_change_no_verdict(bundle, tiny_model, bpe)
         assert sorted((row for share in shares for row in share), key=lambda row: row["index"]) == whole
 
 
-def test_a_model_that_learned_the_answers_is_right(bundle, bpe, fresh_model):
-    # Without this a language-modeling task is wrong throughout, and its test proves nothing.
+def test_a_model_that_learned_the_answers_is_right(bundle, bpe, taught_model):
     own = read_bundle(bundle, labels=["jeopardy"])[0]
     rows = read_rows(own)
     items = encode(own, rows, range(len(rows)), bpe, max_length=64)
-    optimizer = torch.optim.AdamW(fresh_model.parameters(), lr=1e-2)
-    for _ in range(60):
-        for item in items:
-            tokens = torch.tensor([[*item.inputs[0], item.targets[0][-1]]])
-            fresh_model(tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    results = list(score_rows(fresh_model.eval(), bpe, own, rows, range(len(rows))))
-    assert sum(row["correct"] for row in results) >= 12
+    results = list(score_rows(taught_model, bpe, own, rows, range(len(rows))))
+    assert sum(row["correct"] for row in results[::2]) >= 6
     assert all(row["tokens"] == item.targets[0] for row, item in zip(results, items, strict=True) if row["correct"])
 
 
