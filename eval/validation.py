@@ -133,9 +133,10 @@ def _dataset_loss(
             f"({len(tokenizer):,} tokens): prepare the same text again with the model's"
         )
     stream = dataset.split("val")
+    limit = stream.tokens if max_tokens is None else max_tokens
     batches = validation_batches(
-        stream, seq_len=seq_len, max_tokens=max_tokens or stream.tokens, micro_batch_size=batch_size,
-        vocab_size=dataset.vocab_size, device=model.device,
+        stream, seq_len=seq_len, max_tokens=limit, micro_batch_size=batch_size, vocab_size=dataset.vocab_size,
+        device=model.device,
     )
     loss, tokens = validation_loss(model, batches)
     sizes = bytes_per_token(tokenizer)
@@ -161,7 +162,7 @@ def _text_loss(model, tokenizer, file: str, *, seq_len: int, batch_size: int, st
 def _measure(arguments: argparse.Namespace) -> None:
     check_output(arguments.output)
     model, tokenizer = load_from(arguments)
-    seq_len = arguments.seq_len or max_positions(model)
+    seq_len = max_positions(model) if arguments.seq_len is None else arguments.seq_len
     if not 1 <= seq_len <= max_positions(model):
         raise ValueError(f"--seq-len is {seq_len}: the model takes 1 to {max_positions(model)} tokens")
     shape = {"seq_len": seq_len, "batch_size": arguments.batch_size}
@@ -171,7 +172,8 @@ def _measure(arguments: argparse.Namespace) -> None:
         dataset = open_dataset(arguments.dataset, format=arguments.format, tokenizer=named)
         result = _dataset_loss(model, tokenizer, dataset, max_tokens=arguments.max_tokens, **shape)
     else:
-        result = _text_loss(model, tokenizer, arguments.text, stride=arguments.stride or seq_len, **shape)
+        stride = seq_len if arguments.stride is None else arguments.stride
+        result = _text_loss(model, tokenizer, arguments.text, stride=stride, **shape)
     loss, tokens, size = result["loss"], result["tokens"], result["bytes"]
     result |= {
         "perplexity": math.exp(min(loss, 700.0)),  # finite in float64

@@ -60,6 +60,7 @@ BPE_TRAINING_BYTES = 2**28  # more text changes no merge that matters, and the t
 SAMPLE_BYTES = 2**21  # of the source, for the comparison of encoders
 LONGEST_TOKEN_BYTES = 8  # on average, generously: how much text --val-tokens may take, before there is a tokenizer
 SPARE_DISK = 2**28
+MOST_WORKERS = 1024
 SKIPPED = (encoding.EMPTY, NOT_TEXT, NOT_UTF8)
 
 Piece = tuple[str, bytes, bool]  # its split or why it is skipped, text, whether <|endoftext|> precedes it
@@ -156,11 +157,12 @@ def prepare(
         ValueError: options that contradict each other, a source, tokenizer or folder that cannot be used, a full disk.
     """
     out = Path(os.path.expanduser(out))
-    numbers = re.fullmatch(r"(\d+)/(\d+)", part)
-    if not numbers or int(numbers[1]) >= int(numbers[2]):
+    fraction = re.fullmatch(r"(\d{1,9})/(\d{1,9})", part)
+    if not fraction or int(fraction[1]) >= int(fraction[2]):
         raise ValueError(f"part {part!r} is not I/N with 0 <= I < N; the parts of 4 are 0/4, 1/4, 2/4 and 3/4")
-    if workers < 1 or shard_tokens < 1:
-        raise ValueError(f"workers {workers} and shard_tokens {shard_tokens} must be at least 1")
+    if not 1 <= workers <= MOST_WORKERS or shard_tokens < 1:
+        numbers = f"workers {workers} and shard_tokens {shard_tokens}"
+        raise ValueError(f"{numbers} must be at least 1, and workers at most {MOST_WORKERS}")
     trained = tokenizer.startswith("train:")
     if trained and not (tokenizer.removeprefix("train:").isdigit() and part == "0/1"):
         advice = "train:N takes a number and the whole source; for parts, train on a sample first and name its folder"
@@ -168,7 +170,7 @@ def prepare(
     recorded = _recorded_settings(out)
     if source not in WITHOUT_CHOICES and (revision := recorded.get("source", {}).get("revision")):
         source_options.setdefault("revision", revision)  # resume with the commit that it began with
-    origin = open_source(source, part=(int(numbers[1]), int(numbers[2])), **source_options)
+    origin = open_source(source, part=(int(fraction[1]), int(fraction[2])), **source_options)
     validation = _validation(origin, val_tokens, val_fraction)
     if not (out / "dataset.json").exists():
         _check_disk(out, origin.tokens)

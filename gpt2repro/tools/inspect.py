@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\n" + ("\n".join(damaged) or "  verified: every sha256 is as recorded"))
         return 1 if damaged else 0
 
-    def inspect_model() -> None:
+    def inspect_model() -> int:
         model, _ = load_model(str(path), tokenizer=arguments.tokenizer, device="cpu")
         print("\n".join(model_summary(model)))
         if arguments.output:
@@ -174,9 +174,13 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.verify:
             verify_checkpoint(path)
             print("verified: every sha256 is as recorded")
+        return 0
 
-    is_model = (path / "config.json").is_file() or not path.exists()  # a path that does not exist may be a Hub id
-    return command.run(inspect_model if is_model else inspect_dataset)
+    def work() -> int:
+        is_model = (path / "config.json").is_file() or not path.exists()  # a path that does not exist may be a Hub id
+        return inspect_model() if is_model else inspect_dataset()
+
+    return command.run(work)
 
 
 if __name__ == "__main__":
