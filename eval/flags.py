@@ -82,9 +82,9 @@ def validation(description: str | None, argv: list[str] | None) -> argparse.Name
     parser.add_argument("--batch-size", type=int, default=4, help="windows a forward (default: %(default)s)")
     parser.add_argument("--output", help="write the figures to this JSON file")
     arguments = parser.parse_args(argv)
-    if arguments.dataset and arguments.stride:
+    if arguments.dataset and arguments.stride is not None:
         parser.error("--stride goes with --text: the windows of a prepared dataset do not overlap")
-    if arguments.text and arguments.max_tokens:
+    if arguments.text and arguments.max_tokens is not None:
         parser.error("--max-tokens goes with --dataset: a text is measured to its end")
     return arguments
 
