@@ -145,16 +145,14 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(refused):
     assert "vocab_size=300 is smaller than the 512 entries of the dataset's tokenizer" in line
 
 
-def test_token_ids_past_the_vocabulary_are_refused_with_their_place(dataset_copy, tmp_path, capsys):
-    shard = np.load(dataset_copy / "train-00000.npy", mmap_mode="r+")
-    shard[:] = 60_000
-    shard.flush()
-    recipe = {**TINY, "dataset_dir": dataset_copy, "output_dir": tmp_path / "run", "eval_every": 0}
-    assert train_accelerate.main([word for k, v in recipe.items() for word in (f"--{k}", str(v))]) == 1
-    error = capsys.readouterr().err
-    assert "token id 60,000 at position" in error
-    assert "train-00000.npy" in error
-    assert "vocab_size 512" in error
+def test_token_ids_past_the_vocabulary_are_refused_with_their_place(refused, tiny_dataset, tmp_path):
+    (tmp_path / "foreign").mkdir()
+    np.full(5000, 60_000, np.uint16).tofile(tmp_path / "foreign" / "train.bin")
+    fields = {"dataset_format": "nanogpt", "tokenizer": tiny_dataset, "eval_every": 0}
+    (line,) = refused(dataset_dir=tmp_path / "foreign", **fields)
+    assert "token id 60,000 at position" in line
+    assert "train.bin" in line
+    assert "vocab_size 512" in line
 
 
 def test_an_unwritable_output_folder_is_refused(refused, tmp_path):
@@ -277,6 +275,7 @@ MISTAKES = [
     ({"warmup_steps": -1}, 1, "warmup_steps is -1: give at least 0"),
     ({"save_every": 0}, 1, "save_every is 0: give at least 1"),
     ({"keep_last": -1}, 1, "keep_last is -1: give at least 0"),
+    ({"keep_every": 4}, 1, "keep_every=4 is not a multiple of save_every=3: change one"),
     ({"seed": -1}, 1, "seed is -1: give at least 0"),
     ({"n_head": 0}, 1, "n_head is 0: give a number of at least 1"),
     ({"mixed_precision": "fp8"}, 1, "mixed_precision is 'fp8': give one of auto, no, bf16, fp16"),

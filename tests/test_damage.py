@@ -17,7 +17,6 @@ from tests.test_train import assert_same_bits
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_to_any_file_of_a_dataset_is_named_by_opening_or_verifying_it(tiny_dataset, tmp_path, capsys, damage):
-    fingerprint = open_dataset(tiny_dataset).fingerprint
     names = sorted(path.name for path in tiny_dataset.iterdir())
     assert {"dataset.json", "tokenizer.json", "train-00000.npy", "val-00000.npy"} <= set(names)
     for name in set(names) - {"tokenizer_config.json"}:  # which decides no token id
@@ -28,23 +27,19 @@ def test_damage_to_any_file_of_a_dataset_is_named_by_opening_or_verifying_it(tin
         with contextlib.suppress(SystemExit):
             code = inspect([str(copy), "--verify"])
         printed = "".join(capsys.readouterr())
-        if code == 0:
-            # One flipped bit may leave a record well-formed; a run that was trained on the true one refuses it.
-            assert name == "dataset.json" and damage == "one bit flipped"
-            assert open_dataset(copy).fingerprint != fingerprint
-        else:
-            assert name in printed or (name == "tokenizer.json" and f"{copy}" in printed), printed
+        assert code != 0
+        assert name in printed or (name == "tokenizer.json" and f"{copy}" in printed), printed
         assert content(copy) == damaged
 
 
-def test_a_bit_flipped_anywhere_in_a_datasets_record_is_an_error_or_another_dataset(tiny_dataset, tmp_path):
+def test_a_bit_flipped_anywhere_in_a_datasets_record_is_an_error(tiny_dataset, tmp_path):
     copy = shutil.copytree(tiny_dataset, tmp_path / "copy")
     fingerprint = open_dataset(copy).fingerprint
     record = copy / "dataset.json"
     for position in range(record.stat().st_size):
         flip(record, position)
-        with contextlib.suppress(ValueError):
-            assert open_dataset(copy).fingerprint != fingerprint
+        with pytest.raises(ValueError, match=r"dataset\.json"):
+            open_dataset(copy)
         flip(record, position)
     assert open_dataset(copy).fingerprint == fingerprint
 

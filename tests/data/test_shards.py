@@ -73,7 +73,7 @@ def _change_header(folder: Path) -> None:
         (lambda folder: (folder / "dataset.json").unlink(), "no dataset.json|neither dataset.json"),
         (lambda folder: (folder / "dataset.json").write_text('{"format_version": 1'), "dataset.json is broken"),
         (lambda folder: (folder / "dataset.json").write_text('{"format_version": 1}'), "broken .*vocab_size"),
-        (lambda folder: (folder / "dataset.json").write_text('{"format_version": 9}'), "has version 9, not 1"),
+        (lambda folder: (folder / "dataset.json").write_text('{"format_version": 9}'), "has version 9, not 2"),
         (lambda folder: (folder / "train-00002.npy").unlink(), r"train-00002.npy is missing"),
         (_truncate, r"train-00002.npy is truncated: 1,001 bytes, expected 2,128"),
         (_change_header, r"train-00002.npy has another header"),
