@@ -38,7 +38,7 @@ PYTHON
 warmup=(--warmup_steps $((steps / 20)))
 sweep adamw-rates --set learning_rate=6e-4,1.2e-3,2.4e-3 "${warmup[@]}"
 LEARNING_RATE=$(best adamw-rates learning_rate)
-pack=(--optimizer muon --muon_split_qkv true --normuon true --cautious_weight_decay true --warmup_steps 0)
+pack=(--optimizer muon --muon_split_qkv true --muon_normalise_rows true --muon_cautious_decay true --warmup_steps 0)
 pack+=(--learning_rate "$LEARNING_RATE")
 sweep muon-rates --set muon_learning_rate=2.4e-3,4.8e-3,9.6e-3 "${pack[@]}"
 MUON_LEARNING_RATE=$(best muon-rates muon_learning_rate)

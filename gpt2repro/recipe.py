@@ -31,12 +31,8 @@ DEFINING_FIELDS = (
     "model", "n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "dropout", "init_from", "seq_len",
     "global_batch_tokens", "max_steps", "optimizer", "learning_rate", "muon_learning_rate", "embedding_lr_ratio",
     "vector_lr_ratio", "min_lr_ratio", "warmup_steps", "schedule", "decay_ratio", "weight_decay", "muon_weight_decay",
-    "cautious_weight_decay", "beta1", "beta2", "muon_momentum", "muon_split_qkv", "normuon", "ema_decay", "grad_clip",
-    "seed", "shuffle",
-)  # fmt: skip
-# What needs `optimizer: muon`.
-MUON_FIELDS = (
-    "muon_learning_rate", "muon_weight_decay", "cautious_weight_decay", "muon_momentum", "muon_split_qkv", "normuon",
+    "muon_cautious_decay", "beta1", "beta2", "muon_momentum", "muon_split_qkv", "muon_normalise_rows", "ema_decay",
+    "grad_clip", "seed", "shuffle",
 )  # fmt: skip
 TRACKERS = ("tensorboard", "wandb", "trackio")
 CHOICES = {
@@ -94,12 +90,12 @@ class Recipe:
     decay_ratio: float = _option(0.2, "share of max_steps that the decay of a wsd_… schedule takes, at the end")
     weight_decay: float = _option(0.1, "decay of tensors with two or more dimensions", least=0)
     muon_weight_decay: float | None = _option(None, "decay of Muon's matrices, instead of weight_decay", least=0)
-    cautious_weight_decay: bool = _option(False, "decay only those weights of Muon's that the update makes smaller")
+    muon_cautious_decay: bool = _option(False, "decay only those weights of Muon's that the update makes smaller")
     beta1: float = _option(0.9, "AdamW beta1")
     beta2: float = _option(0.95, "AdamW beta2")
     muon_momentum: float = _option(0.95, "Muon's momentum")
     muon_split_qkv: bool = _option(False, "orthogonalise the updates of query, key and value each by itself")
-    normuon: bool = _option(False, "give the rows of Muon's updates the same running size (NorMuon)")
+    muon_normalise_rows: bool = _option(False, "give the rows of Muon's updates the same running size (NorMuon)")
     ema_decay: float = _option(0.0, "decay of the moving average of the weights, evaluated and saved too; 0: none")
     grad_clip: float = _option(1.0, "largest gradient norm; 0 turns clipping off", least=0)
     on_bad_step: str = _option("skip", "what a loss or gradient norm that is not finite, or a zero norm, does")
@@ -177,7 +173,7 @@ class Recipe:
         if self.schedule.startswith("wsd") and warmup > (1 - self.decay_ratio) * steps:
             decay = f"a decay over decay_ratio={self.decay_ratio} of max_steps={steps}"
             yield f"warmup_steps={warmup} and {decay} overlap: lower one of them"
-        for name in MUON_FIELDS:
+        for name in (item.name for item in fields(self) if item.name.startswith("muon_")):
             if self.optimizer != "muon" and (value := getattr(self, name)) != getattr(Recipe, name):
                 yield f"{name} is {value} with optimizer {self.optimizer}: give optimizer: muon, or leave it out"
         if self.optimizer == "muon" and not self.learning_rate > 0:

@@ -42,8 +42,8 @@ def make_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimi
         muon_groups = [{"params": joint, "parts": 3}, {"params": single, "parts": 1}]
         parts.append(Muon(
             [group | {"lr_ratio": ratio} for group in muon_groups if group["params"]], lr=recipe.learning_rate * ratio,
-            weight_decay=decay, momentum=recipe.muon_momentum, normalise=recipe.normuon,
-            cautious=recipe.cautious_weight_decay,
+            weight_decay=decay, momentum=recipe.muon_momentum, normalise=recipe.muon_normalise_rows,
+            cautious=recipe.muon_cautious_decay,
         ))  # fmt: skip
     else:
         groups.insert(0, {"params": matrices, "lr_ratio": 1.0})

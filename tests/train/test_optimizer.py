@@ -23,8 +23,8 @@ from tests.conftest import train_rows
 from tests.test_train import assert_same_bits
 
 MUON = {"optimizer": "muon", "muon_learning_rate": 6e-3}
-PACK = {**MUON, "muon_weight_decay": 0.3, "muon_momentum": 0.9, "muon_split_qkv": "true", "normuon": "true",
-        "cautious_weight_decay": "true", "embedding_lr_ratio": 1.5, "vector_lr_ratio": 0.5, "ema_decay": 0.8,
+PACK = {**MUON, "muon_weight_decay": 0.3, "muon_momentum": 0.9, "muon_split_qkv": "true",
+        "muon_normalise_rows": "true", "muon_cautious_decay": "true", "embedding_lr_ratio": 1.5, "vector_lr_ratio": 0.5, "ema_decay": 0.8,
         "schedule": "wsd_concave", "decay_ratio": 0.7, "min_lr_ratio": 0.0}  # fmt: skip
 
 
@@ -220,8 +220,8 @@ def test_the_average_of_the_weights_is_exponential_and_changes_no_update(optimiz
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("muon_learning_rate", 1e-2), ("muon_weight_decay", 0.0), ("cautious_weight_decay", True), ("muon_momentum", 0.9),
-     ("muon_split_qkv", True), ("normuon", True)],
+    [("muon_learning_rate", 1e-2), ("muon_weight_decay", 0.0), ("muon_cautious_decay", True), ("muon_momentum", 0.9),
+     ("muon_split_qkv", True), ("muon_normalise_rows", True)],
 )  # fmt: skip
 def test_what_only_muon_has_is_refused_without_it(field, value):
     with pytest.raises(ValueError, match=rf"^{field} is {value} with optimizer adamw: .*, or leave it out$"):
