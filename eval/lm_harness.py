@@ -3,8 +3,9 @@
     python -m eval.lm_harness --model runs/demo/latest --tasks hellaswag,piqa
     lm_eval --model hf --model_args pretrained=runs/demo/latest,trust_remote_code=True --tasks hellaswag    # the same
 
-The tasks and the scoring are lm-eval's own. This command needs no trust in the code beside the weights of this
-project, and writes CHECKPOINT/lm_eval.json (or --output). Needs lm_eval, the extra `eval`.
+The tasks and the scoring are lm-eval's own. With --fast this project's scorer gives the log-likelihoods: what requests
+share is computed once, and in float32 they equal those of lm-eval's `hf`. This command needs no trust in the code
+beside the weights of this project, and writes CHECKPOINT/lm_eval.json (or --output). Needs lm_eval, the extra `eval`.
 """
 
 from gpt2repro import command
@@ -35,8 +36,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ValueError(f"lm-eval has no task {', '.join(unknown)}: lm_eval ls tasks lists them")
     options = {name: getattr(arguments, name) for name in ("tokenizer", "dtype", "trust_remote_code")}
+    model = "hf"
+    if arguments.fast:
+        from .lm_eval_model import NAME as model  # the import registers it
     outcome = lm_eval.simple_evaluate(
-        "hf", model_args={"pretrained": arguments.model, "backend": "causal", **options}, tasks=tasks,
+        model, model_args={"pretrained": arguments.model, "backend": "causal", **options}, tasks=tasks,
         task_manager=manager, batch_size=arguments.batch_size, device=arguments.device or best_device(),
         limit=arguments.limit, log_samples=False,
     )
@@ -44,7 +48,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         return
     print(make_table(outcome))
     figures = {"results": outcome["results"], "versions": outcome["versions"], "lm_eval": lm_eval.__version__}
-    write_results(output, figures)
+    write_results(output, {**figures, "lm_eval_model": model})
 
 
 def main(argv: list[str] | None = None) -> int:

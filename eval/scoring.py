@@ -121,6 +121,22 @@ def make_trees(queries: Iterable[Query], *, n_embd: int, share: bool) -> list[Tr
     return trees
 
 
+def make_batches(trees: list[Tree], *, budget: int, batch_size: int | None = None) -> Iterator[list[Tree]]:
+    """The rows from long to short: `budget` tokens at a time, a tenth of them padding, or `batch_size` rows."""
+    batch: list[Tree] = []
+    tokens = longest = 0
+    for tree in sorted(trees, key=lambda tree: -len(tree.tokens)):
+        tokens, padded = tokens + len(tree.tokens), (len(batch) + 1) * longest
+        if batch and (len(batch) == batch_size if batch_size else padded > budget or 10 * tokens < 9 * padded):
+            yield batch
+            batch = []
+        if not batch:
+            tokens = longest = len(tree.tokens)
+        batch.append(tree)
+    if batch:
+        yield batch
+
+
 def _tree_mask(ends: torch.Tensor) -> torch.Tensor:
     """(B, T) ends -> (B, 1, T, T): a token sees what stands before it and has not ended."""
     columns = torch.arange(ends.shape[1], device=ends.device)[:, None]
@@ -178,22 +194,19 @@ def score_items(
     queries = {index: list(_queries(items[index])) for index in by_length[rank::world_size]}
     share = share_prefix and model.config._attn_implementation == "sdpa" and _takes_trees(model)
     asked = {query for own in queries.values() for query in own if query[1]}
+    budget = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
     trees = make_trees(asked, n_embd=model.config.hidden_size, share=share)
-    trees.sort(key=lambda tree: -len(tree.tokens))
-    budget, parts = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"]), []
+    batches, parts = list(make_batches(trees, budget=budget, batch_size=batch_size)), []
     bar = tqdm(total=len(asked), unit="choice", disable=None if progress and rank == 0 else True)
-    first = 0
     with torch.compiler.set_stance("force_eager"), bar:
-        while first < len(trees):
-            batch = trees[first : first + (batch_size or max(1, budget // len(trees[first].tokens)))]
+        for batch in batches:
             parts.append(_token_scores(model, batch))
-            first += len(batch)
             bar.update(sum(len(tree.queries) for tree in batch))
     answers: dict[Query, tuple[np.ndarray, np.ndarray]] = {}
     if parts:
         # Read once, at the end: a read at every batch would let the device wait for the host.
         log_probs, likeliest = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
-        answered = [query for tree in trees for query in tree.queries]
+        answered = [query for batch in batches for tree in batch for query in tree.queries]
         ends = np.cumsum([len(targets) for _, targets in answered])[:-1]
         split = (np.split(log_probs.astype(np.float64), ends), np.split(likeliest, ends))
         answers = dict(zip(answered, zip(*split, strict=True), strict=True))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from eval.scoring import TREE_MODELS, Sequences, make_trees, score_items
+from eval.scoring import TREE_MODELS, Sequences, make_batches, make_trees, score_items
 
 VOCABULARY = 200
 
@@ -108,6 +108,24 @@ def test_what_inputs_share_is_computed_once():
     assert len(tree.tokens) == 60 + 2 * (1 + 1 + 2)  # a question and what precedes the last token of each end
     unshared = make_trees(queries, n_embd=768, share=False)
     assert [len(row.tokens) for row in unshared] == [62, 63, 62, 63]  # an input that begins another is inside it
+
+
+@pytest.mark.parametrize("budget", [384, 16_384])
+@pytest.mark.parametrize("share", [True, False])
+def test_a_tenth_of_a_batch_is_padding_at_most_and_no_row_is_left_out(budget, share):
+    queries = {
+        (tuple(tokens), tuple(targets))
+        for own in ragged_items(300)
+        for tokens, targets in zip(own.inputs, own.targets, strict=True)
+        if targets
+    }
+    trees = make_trees(queries, n_embd=768, share=share)
+    batches = list(make_batches(trees, budget=budget))
+    assert sorted(query for batch in batches for tree in batch for query in tree.queries) == sorted(queries)
+    for batch in batches:
+        sizes = [len(tree.tokens) for tree in batch]
+        assert 10 * sum(sizes) >= 9 * len(sizes) * max(sizes)
+        assert len(sizes) == 1 or len(sizes) * max(sizes) <= budget
 
 
 OTHERS = {"bloom": {}, "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8}}
