@@ -198,7 +198,7 @@ def test_a_recipe_trains_two_steps_at_a_reduced_size(path, started):
     recipe = parse_recipe(["--recipe", str(path)], default=DEFAULT_RECIPE)
     rows = train_rows(started / path.stem)
     assert rows.keys() == {1, 2}
-    assert rows[1]["lr"] == recipe.learning_rate
+    assert rows[1]["lr"] == pytest.approx(recipe.learning_rate)
     assert (started / path.stem / "latest" / "model.safetensors").is_file()
     assert set(train_rows(started / path.stem, "val")) == {0, 2}
 
