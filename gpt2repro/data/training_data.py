@@ -25,7 +25,7 @@ from gpt2repro.data.sources import HUB, open_source, was_made_from
 from gpt2repro.processes import on_every_process, on_main_process
 from gpt2repro.recipe import Recipe
 
-PREPARED_WHILE_OTHERS_WAIT = 2e8  # tokens: about six minutes
+PREPARED_WHILE_OTHERS_WAIT = 1e8  # tokens: about three minutes
 
 
 class TrainingData:

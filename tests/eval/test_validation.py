@@ -189,6 +189,15 @@ def test_nanogpts_shards_are_measured_as_the_same_tokens_prepared(prepared, chec
     assert results[1].items() <= results[0].items()
 
 
+def test_a_replaced_validation_shard_is_refused(prepared, checkpoint, capsys):
+    from eval import validation
+
+    shard = prepared / "val-00000.npy"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"\x01\x00")
+    assert validation.main(["--model", str(checkpoint), "--dataset", str(prepared), "--device", "cpu"]) == 1
+    assert "val-00000.npy has the sha256" in capsys.readouterr().err
+
+
 def test_a_dataset_of_another_tokenizer_is_refused(prepared, stock_model, tmp_path, capsys):
     from eval import validation
 
