@@ -43,13 +43,13 @@ def memory_estimate(
     tokens, layers, channels = recipe.micro_batch_size * recipe.seq_len, config.n_layer, config.n_embd
     per_block = 4 if recipe.gradient_checkpointing else 36 if bf16 else 64
     block = (36 if bf16 else 64) if recipe.gradient_checkpointing else 0  # the one that is being recomputed
-    # Of the blocks' matrices Muon keeps one moment, AdamW keeps two of everything.
+    # Of the blocks' matrices Muon keeps one moment, AdamW keeps two of everything; `ema_decay` adds an average.
     matrices = 12 * layers * channels**2 if recipe.optimizer == "muon" else 0
     logits = LOGITS_PEAK * config.vocab_size * tokens // (LOSS_CHUNKS if chunked_loss else 1)
     return {
         "parameters": 4 * n_parameters // shards,
         "gradients": 4 * n_parameters // shards,
-        "optimizer": (8 * n_parameters - 4 * matrices) // shards,
+        "optimizer": ((12 if recipe.ema_decay else 8) * n_parameters - 4 * matrices) // shards,
         "bf16 copies": 2 * n_parameters // shards if bf16 else 0,
         "activations": (layers * per_block + block + 8) * channels * tokens,
         # with the head's gradient and bf16 copy

@@ -64,13 +64,14 @@ def test_the_activations_are_those_that_autograd_keeps(bf16, gradient_checkpoint
     assert kept_bytes(model, bf16=bf16) == pytest.approx(expected, rel=0.06)
 
 
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_optimizer_state_has_the_estimated_size(optimizer):
+def test_the_optimizer_state_has_the_estimated_size(optimizer, ema_decay):
     config = GPT2ReproConfig(
         n_layer=2, n_embd=64, n_head=4, vocab_size=V, n_positions=T, bos_token_id=0, eos_token_id=0
     )
     model = GPT2ReproForCausalLM(config)
-    recipe = Recipe(optimizer=optimizer)
+    recipe = Recipe(optimizer=optimizer, ema_decay=ema_decay)
     used = make_optimizer(model, recipe)
     ids = torch.randint(V, (B, T))
     model(ids, shift_labels=ids, use_cache=False).loss.backward()
