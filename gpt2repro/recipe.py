@@ -48,8 +48,8 @@ CHOICES = {
 }
 
 
-def _option(default: Any, help_line: str, *, least: float | None = None) -> Any:
-    return field(default=default, metadata={"help": help_line, "least": least})
+def _option(default: Any, help_line: str, *, least: float = -math.inf, most: float = math.inf) -> Any:
+    return field(default=default, metadata={"help": help_line, "least": least, "most": most})
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Recipe:
     init_from: str | None = _option(None, "checkpoint (ours, stock GPT-2, nanoGPT's .pt) whose weights start the run")
     # the batch
     seq_len: int = _option(1024, "tokens in a sequence (T)", least=1)
-    global_batch_tokens: int = _option(524_288, "tokens in an optimizer step, over all processes", least=1)
+    global_batch_tokens: int = _option(524_288, "tokens in an optimizer step, over all processes", least=1, most=2**32)
     micro_batch_size: int = _option(16, "sequences per process and micro-step (B): what fits the memory", least=1)
     max_steps: int = _option(19_073, "optimizer steps", least=1)
     # the optimizer
@@ -123,7 +123,7 @@ class Recipe:
     save_every: int = _option(1000, "steps between checkpoints; the last step is always saved", least=1)
     keep_last: int = _option(2, "newest checkpoints that are kept; 0 keeps all", least=0)
     keep_every: int = _option(0, "steps between checkpoints that are never deleted; 0 is none", least=0)
-    watchdog_minutes: float = _option(30.0, "minutes without a step after which the run ends; 0 is never", least=0)
+    watchdog_minutes: float = _option(30.0, "minutes without a step until the run ends; 0 is never", least=0, most=1e6)
     log_with: tuple[str, ...] = _option((), "trackers beside metrics.jsonl: tensorboard, wandb, trackio")
     hub_repo_id: str | None = _option(None, "OWNER/NAME on the Hub, to which the run pushes checkpoints")
     hub_every: int = _option(0, "steps between pushes, a multiple of save_every; 0 pushes only the last one", least=0)
@@ -150,11 +150,11 @@ class Recipe:
 
     def _field_problems(self) -> typing.Iterator[str]:
         for item in fields(self):
-            value, least = getattr(self, item.name), item.metadata["least"]
+            value, least, most = getattr(self, item.name), item.metadata["least"], item.metadata["most"]
             if item.name in CHOICES and value not in CHOICES[item.name]:
                 yield f"{item.name} is {value!r}: give one of {', '.join(CHOICES[item.name])}"
-            if least is not None and value is not None and not value >= least:
-                yield f"{item.name} is {value}: give at least {least}"
+            if isinstance(value, int | float) and not least <= value <= most:
+                yield f"{item.name} is {value}: give at {f'least {least}' if value < least else f'most {most}'}"
         for name in self.log_with:
             if name not in TRACKERS:
                 yield f"log_with is {name!r}: give one of {', '.join(TRACKERS)}"
@@ -192,10 +192,9 @@ class Recipe:
             yield "eval_tasks are scored at every validation, but eval_every is 0: give a number of steps"
         if self.hub_every and not self.hub_repo_id:
             yield f"hub_every is {self.hub_every} without a hub_repo_id: give OWNER/NAME, or leave it out"
-        if self.hub_every % max(1, self.save_every):
-            yield f"hub_every={self.hub_every} is not a multiple of save_every={self.save_every}: change one"
-        if self.keep_every % max(1, self.save_every):
-            yield f"keep_every={self.keep_every} is not a multiple of save_every={self.save_every}: change one"
+        for name in ("hub_every", "keep_every"):
+            if getattr(self, name) % max(1, self.save_every):
+                yield f"{name}={getattr(self, name)} is not a multiple of save_every={self.save_every}: change one"
 
     def _batch_problems(self, world_size: int) -> typing.Iterator[str]:
         if min(self.seq_len, self.global_batch_tokens, self.micro_batch_size) >= 1:
@@ -215,10 +214,8 @@ class Recipe:
             yield str(error)
             return
         if self.seq_len > shape["n_positions"]:
-            yield (
-                f"seq_len={self.seq_len} is longer than the model's n_positions={shape['n_positions']}: lower seq_len "
-                "or raise n_positions"
-            )
+            longer = f"seq_len={self.seq_len} is longer than the model's n_positions={shape['n_positions']}"
+            yield f"{longer}: lower seq_len or raise n_positions"
         try:
             GPT2ReproConfig(**shape)
         except StrictDataclassError as error:
@@ -239,7 +236,7 @@ class Recipe:
         if rest or not sequences:
             nearest = max(1, round(tokens / (T * world_size))) * T * world_size
             raise ValueError(f"{problem}: no micro batch size divides it; the nearest that works is {nearest}")
-        divisors = [b for b in range(1, sequences + 1) if sequences % b == 0]
+        divisors = [b for b in range(1, min(sequences, 2**16) + 1) if sequences % b == 0]
         raise ValueError(f"{problem}: give a micro_batch_size of {', '.join(map(str, divisors))}")
 
 
@@ -310,9 +307,8 @@ def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UsageError(f"the recipe {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise UsageError(
-            f"the recipe {path} holds {type(content).__name__}: expected lines of the form `field: value`"
-        )
+        kind = type(content).__name__
+        raise UsageError(f"the recipe {path} holds {kind}: expected lines of the form `field: value`")
     known = {item.name for item in fields(Recipe)}
     problems += [_unknown(str(key), f"recipe key in {path}") for key in content if key not in known]
     return {key: value for key, value in content.items() if key in known}

@@ -69,7 +69,7 @@ def memory_report(recipe: Recipe, config: Any, device: torch.device, *, processe
         return sum(memory_estimate(replace(recipe, micro_batch_size=micro_batch_size), config, **details).values())
 
     sequences = recipe.global_batch_tokens // (recipe.seq_len * processes)
-    fitting = [size for size in range(1, sequences + 1)
+    fitting = [size for size in range(1, min(sequences, 2**16) + 1)
                if sequences % size == 0 and needed(size) <= USABLE * memory]  # fmt: skip
     advice = f"micro_batch_size up to {fitting[-1]} should fit" if fitting else "no micro_batch_size should fit"
     if recipe.micro_batch_size not in fitting:
