@@ -65,15 +65,17 @@ def test_a_recipe_that_is_missing_or_no_yaml_is_refused(tmp_path, capsys):
         assert expected in capsys.readouterr().err
 
 
-def test_all_problems_of_a_recipe_are_named_at_once(refused):
+def test_all_problems_of_a_recipe_are_named_at_once_and_then_those_of_the_models_shape(refused):
+    shape = {"n_head": 5, "n_layer": 0}
     lines = refused(
-        schedule="linear", beta2=1.0, micro_batch_size=3, warmup_steps=8, grad_clip=-1, n_head=5, n_layer=0,
-        eval_tasks="piqa", eval_every=0, files="a.txt", vocab_size=0,
+        schedule="linear", beta2=1.0, micro_batch_size=3, warmup_steps=8, grad_clip=-1, eval_tasks="piqa",
+        eval_every=0, files="a.txt", vocab_size=0, **shape,
     )  # fmt: skip
     assert [line.split(":")[1].split()[0] for line in lines] == [
         "vocab_size", "schedule", "grad_clip", "beta2", "warmup_steps=8", "source", "eval_tasks",
-        "global_batch_tokens=256", "n_layer", "n_embd=32",
+        "global_batch_tokens=256",
     ]  # fmt: skip
+    assert [line.split(":")[1].split()[0] for line in refused(**shape)] == ["n_layer", "n_embd=32"]
     (line,) = refused(model="gpt3")
     assert "give one of gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo" in line
 
@@ -269,6 +271,8 @@ MISTAKES = [
     ({"seq_len": 0}, 1, "seq_len is 0: give at least 1"),
     ({"micro_batch_size": -4}, 1, "micro_batch_size is -4: give at least 1"),
     ({"global_batch_tokens": 0}, 1, "global_batch_tokens is 0: give at least 1"),
+    ({"global_batch_tokens": "1e18"}, 1, "global_batch_tokens is 1000000000000000000: give at most 4294967296"),
+    ({"watchdog_minutes": "1e300"}, 1, "watchdog_minutes is 1e+300: give at most 1000000.0"),
     ({"beta1": 1}, 1, "beta1 is 1.0: give a number from 0 to below 1"),
     ({"dropout": 1}, 1, "dropout is 1.0: give a number from 0 to below 1"),
     ({"min_lr_ratio": 2}, 1, "min_lr_ratio is 2.0: give a number from 0 to 1"),
