@@ -248,7 +248,7 @@ def test_the_command_passes_a_sound_recipe_with_muon_and_fails_another(sound, tm
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "every check passed"
-    assert len(lines) == 17  # a line a check, and the last
+    assert len(lines) == 18  # a line a check, and the last
     assert all(line.startswith("PASS") for line in lines[:-1])
     assert list(tmp_path.iterdir()) == []
     done = run("--shuffle", "false")
