@@ -75,6 +75,14 @@ class GPT2ReproConfig(PreTrainedConfig):
         )
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # The library would warn and go on, with random numbers for what has another shape or name.
+        if (kind := config_dict.get("model_type", cls.model_type)) != cls.model_type:
+            advice = "python -m gpt2repro.hub.convert SRC DST --to gpt2repro converts a GPT-2"
+            raise ValueError(f"this is a {kind} checkpoint, not one of {cls.model_type}: {advice}")
+        return super().from_dict(config_dict, **kwargs)
+
     def validate_architecture(self):
         """Sizes that fit each other; called by `@strict` after construction."""
         errors = []

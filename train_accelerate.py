@@ -31,7 +31,8 @@ from transformers import PreTrainedModel
 
 from gpt2repro.data.training_data import open_data
 from gpt2repro.eval.in_training import Evaluation
-from gpt2repro.hub.initial import initial_model
+from gpt2repro.files import linked
+from gpt2repro.hub.initial import initial_model, take_shape
 from gpt2repro.hub.push import BackgroundPush
 from gpt2repro.processes import check_same, on_every_process, on_main_process, whole
 from gpt2repro.run.folder import RunFolder
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit code."""
 
     def work() -> int:
-        recipe = read_recipe(argv)
+        recipe = take_shape(read_recipe(argv, announce=True), world_size=int(os.environ.get("WORLD_SIZE", 1)))
         # On from the first time that the processes wait for each other.
         watchdog = Watchdog(recipe.watchdog_minutes, rank=int(os.environ.get("RANK", 0)))
         try:
@@ -195,7 +196,7 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
     for row in pushes.wait(stopped=stopped, give_up=stop.wanted) if pushes else ():
         log.write(step, "push", **row)
     log.close()
-    log.show(summary(folder.path / "latest", step=step, stopped=stopped))
+    log.show(summary(linked(folder.path / "latest"), step=step, stopped=stopped))
     folder.release()
     return command.STOPPED_BY_SIGNAL if stopped else command.DONE
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_gpt2repro  # noqa: F401 (the import registers our classes with the Auto classes)
 from gpt2repro.files import linked
-from gpt2repro.hub.loading import from_pretrained
+from gpt2repro.hub.loading import base_of_adapter, from_pretrained, refuse_damage, with_adapter
 from gpt2repro.train.devices import best_device
 
 # An embedding that was padded for speed has more rows than its tokenizer has tokens (GPT-2: 50304 for 50257; published
@@ -28,6 +28,8 @@ def load_model(
 ):
     """The causal LM at `name` (a folder or a Hub id) in evaluation mode, and its tokenizer.
 
+    A folder with a LoRA adapter of peft's is its base model with the adapter merged into the weights.
+
     Raises:
         ValueError: no checkpoint there, weights that are missing or not finite, a tokenizer of another model, or a
             device that this machine lacks.
@@ -39,8 +41,14 @@ def load_model(
         raise ValueError(
             f"there is no folder {name}: give a checkpoint folder, or a Hub id such as openai-community/gpt2"
         )
+    if base := base_of_adapter(folder):
+        beside = name if (folder / "tokenizer_config.json").exists() else None
+        options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        model, its_tokenizer = load_model(base, tokenizer=tokenizer or beside, **options)
+        return with_adapter(model, folder).eval(), its_tokenizer
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{name} holds no config.json: give a checkpoint folder, e.g. {name}/latest")
+    refuse_damage(folder)
     device = device or best_device()
     try:
         torch.empty(0, device=device)

@@ -65,7 +65,7 @@ class Recipe:
     tokenizer: str | None = _option(None, "folder, Hub id, or train:N for a byte-level BPE of N entries")
     val_tokens: int | None = _option(None, "validation tokens of a new dataset (default: a share by document hash)")
     # the model
-    model: str = _option("gpt2", "named shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo")
+    model: str = _option("gpt2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl, demo; init_from is its checkpoint's shape")
     n_layer: int | None = _option(None, "blocks, instead of the named shape's")
     n_head: int | None = _option(None, "attention heads, instead of the named shape's")
     n_embd: int | None = _option(None, "channels, instead of the named shape's")
@@ -133,11 +133,12 @@ class Recipe:
         """Sizes of the named model with the recipe's overrides; ValueError for an unknown name."""
         from configuration_gpt2repro import NAMED_SHAPES  # imports transformers, for which --help need not wait
 
-        if self.model not in NAMED_SHAPES:
-            raise ValueError(f"model is {self.model!r}: give one of {', '.join(NAMED_SHAPES)}")
+        named = {**NAMED_SHAPES, "init_from": {}}  # there the checkpoint gives the sizes (hub/initial.py)
+        if self.model not in named:
+            raise ValueError(f"model is {self.model!r}: give one of {', '.join(named)}")
         overrides = {name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd", "n_positions")}
         given = {name: value for name, value in overrides.items() if value is not None}
-        return {"n_positions": 1024, **NAMED_SHAPES[self.model], **given}
+        return {"n_positions": 1024, **named[self.model], **given}
 
     def check(self, *, world_size: int = 1) -> None:
         """Raise ValueError with everything that is wrong, a line each, before anything is loaded or written.
@@ -180,6 +181,8 @@ class Recipe:
             yield f"learning_rate is {self.learning_rate}: muon's is a multiple of it, give a number above 0"
         if warmup >= steps > 0:
             yield f"warmup_steps={warmup} leaves nothing of max_steps={steps}: lower it"
+        if self.model == "init_from" and not self.init_from:
+            yield "model is init_from without an init_from: give a checkpoint, or a named shape"
         if len(self.dataset_dir) != 1 and (self.source or not self.dataset_dir):
             yield f"dataset_dir names {len(self.dataset_dir)} folders: give one to make from source, or no source"
         if self.source and not self.tokenizer:
@@ -213,6 +216,8 @@ class Recipe:
         except ValueError as error:
             yield str(error)
             return
+        if self.model == "init_from" and self.n_positions is None:
+            return  # the sizes are not known yet
         if self.seq_len > shape["n_positions"]:
             longer = f"seq_len={self.seq_len} is longer than the model's n_positions={shape['n_positions']}"
             yield f"{longer}: lower seq_len or raise n_positions"
@@ -240,10 +245,21 @@ class Recipe:
         raise ValueError(f"{problem}: give a micro_batch_size of {', '.join(map(str, divisors))}")
 
 
-def read_recipe(argv: list[str] | None = None) -> Recipe:
-    """The recipe that this process is to train, checked; from its own command line, if none is given."""
-    recipe = parse_recipe(sys.argv[1:] if argv is None else argv, default=DEFAULT_RECIPE)
+def read_recipe(argv: list[str] | None = None, *, announce: bool = False) -> Recipe:
+    """The recipe that this process is to train, checked; from its own command line, if none is given.
+
+    `announce` prints which recipe it is, where the command line has flags but no recipe.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    recipe = parse_recipe(words, default=DEFAULT_RECIPE)
     recipe.check(world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    without = words and not any(word.split("=")[0] == "--recipe" for word in words)
+    if announce and without and not int(os.environ.get("RANK", 0)):
+        print(
+            "no --recipe: what no flag sets is as for GPT-2 124M on 10B tokens; this run: model "
+            f"{recipe.model}, {recipe.max_steps:,} steps of {recipe.global_batch_tokens:,} tokens (the demo: --recipe "
+            f"{DEFAULT_RECIPE})"
+        )
     return recipe
 
 
@@ -268,6 +284,8 @@ def parse_recipe(argv: list[str], *, default: str | Path) -> Recipe:
             problems.append(f"{name} is {value!r}: expected {_spoken(hints[name])}")
     if problems:
         raise UsageError("\n".join(problems))
+    if values.get("init_from") and not values.keys() & {"model", "n_layer", "n_head", "n_embd", "n_positions"}:
+        values["model"] = "init_from"
     return Recipe(**values)
 
 

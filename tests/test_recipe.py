@@ -3,7 +3,7 @@
 import pytest
 
 from gpt2repro.command import UsageError
-from gpt2repro.recipe import Recipe, parse_recipe, write_recipe
+from gpt2repro.recipe import Recipe, parse_recipe, read_recipe, write_recipe
 from tests.conftest import ROOT
 
 # A field, its text in YAML and as a flag, and its value.
@@ -122,3 +122,21 @@ def test_a_written_recipe_is_read_as_the_same_and_resumes_automatically(tmp_path
     again = by_flag("--recipe", str(tmp_path / "recipe.yaml"))
     assert again.resume == "auto"
     assert by_flag("--recipe", str(tmp_path / "recipe.yaml"), "--resume", "previous") == recipe
+
+
+def test_a_run_without_a_recipe_says_first_which_one_it_is(capsys):
+    for words in ([], ["--recipe", "recipes/demo.yaml"], [f"--recipe={ROOT / 'recipes' / 'demo.yaml'}"]):
+        read_recipe(words, announce=True)
+        assert capsys.readouterr().out == ""
+    read_recipe(["--max_steps", "9999"], announce=True)
+    said = capsys.readouterr().out
+    assert said.startswith("no --recipe: ") and "model gpt2, 9,999 steps of 524,288 tokens" in said
+
+
+def test_a_checkpoint_that_starts_a_run_gives_its_shape_unless_the_recipe_has_one():
+    assert by_flag("--init_from", "there").model == "init_from"
+    for words in (["--model", "gpt2"], ["--n_layer", "3"], ["--recipe", str(ROOT / "recipes" / "demo.yaml")]):
+        assert by_flag("--init_from", "there", *words).model in ("gpt2", "demo")
+    by_flag("--init_from", "there", "--seq_len", "99999", "--global_batch_tokens", str(16 * 99999)).check()
+    with pytest.raises(ValueError, match="model is init_from without an init_from"):
+        by_flag("--model", "init_from").check()

@@ -26,8 +26,8 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.hub.card import terms_of
-from gpt2repro.hub.loading import from_pretrained, load_tokenizer
-from gpt2repro.hub.nanogpt import CAUSAL_MASKS, read_pt
+from gpt2repro.hub.loading import base_of_adapter, from_pretrained, load_tokenizer, refuse_damage, with_adapter
+from gpt2repro.hub.nanogpt import CAUSAL_MASKS, character_tokenizer, read_pt
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -75,18 +75,22 @@ def _fill(target_class, config, source):
     return target.eval()
 
 
-def kind_of(source: str | Path) -> str:
-    """gpt2 or gpt2repro: the model type of a folder or Hub id; ValueError for any other."""
-    kind = from_pretrained(AutoConfig, source).model_type
-    if kind not in ("gpt2", "gpt2repro"):
-        raise ValueError(f"{source} holds a {kind} model: expected gpt2 or gpt2repro")
-    return kind
+def config_of(source: str | Path) -> GPT2Config | GPT2ReproConfig:
+    """The configuration of a checkpoint of any kind that `load_as_gpt2repro` takes; ValueError for any other."""
+    if str(source).endswith(".pt"):
+        return read_pt(Path(source))[0]
+    config = from_pretrained(AutoConfig, base_of_adapter(source) or source)
+    if config.model_type not in ("gpt2", "gpt2repro"):
+        raise ValueError(f"{source} holds a {config.model_type} model: expected gpt2 or gpt2repro")
+    return config
 
 
 def load_as_gpt2repro(
     source: str | Path, *, dtype: torch.dtype | str = torch.float32, vocab_size: int | None = None
 ) -> GPT2ReproForCausalLM:
     """A checkpoint of any kind as a GPT2Repro model: folder or Hub id, ours or stock, or a .pt file.
+
+    A folder with a LoRA adapter is its base model with the adapter merged into the weights.
 
     dtype "auto" is that of its tensors. `vocab_size` is how many rows of a .pt file's padded embedding are tokens
     (None: 50257 of 50304, else all); other checkpoints keep theirs.
@@ -95,16 +99,19 @@ def load_as_gpt2repro(
         ValueError: no checkpoint there, one of another architecture, tensors that are missing, unexpected or of
             another shape, a damaged file, or a pickle with more than tensors in it.
     """
+    refuse_damage(source)
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model_class: Any = GPT2ReproForCausalLM
     if str(source).endswith(".pt"):
         config, state = read_pt(Path(source), vocab_size=vocab_size)
         model, info = model_class.from_pretrained(None, config=config, state_dict=state, **options)
     else:
-        if kind_of(source) == "gpt2":
+        if config_of(source).model_type == "gpt2":
             model_class = GPT2LMHeadModel
-        model, info = from_pretrained(model_class, source, **options)
+        model, info = from_pretrained(model_class, base_of_adapter(source) or source, **options)
     _check_tensors(source, info)
+    if base_of_adapter(source):
+        model = with_adapter(model, source)
     # The library keeps an untied head that a file holds, also where the configuration says that it is tied.
     model.config.tie_word_embeddings = model.lm_head.weight is model.transformer.wte.weight
     return from_stock(model) if isinstance(model, GPT2LMHeadModel) else model
@@ -139,8 +146,9 @@ def convert(source: str | Path, folder: str | Path, *, to: str, tokenizer: str |
         raise ValueError(f"{folder} is not empty: give a new folder")
     is_pt = str(source).endswith(".pt")
     if is_pt and not tokenizer:
-        raise ValueError(f"{source} carries no tokenizer: name it, e.g. --tokenizer openai-community/gpt2")
-    vocabulary = load_tokenizer(tokenizer or source)
+        advice = "--tokenizer openai-community/gpt2, or nanoGPT's meta.pkl"
+        raise ValueError(f"{source} carries no tokenizer: name it, e.g. {advice}")
+    vocabulary = (character_tokenizer if str(tokenizer).endswith(".pkl") else load_tokenizer)(tokenizer or source)
     model = load_as_gpt2repro(source, dtype="auto", vocab_size=len(vocabulary))
     if len(vocabulary) > (rows := model.config.vocab_size):
         raise ValueError(f"the tokenizer has {len(vocabulary)} entries, the model {rows}: name its own")

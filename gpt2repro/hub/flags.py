@@ -16,7 +16,7 @@ def convert(description: str | None, argv: list[str] | None) -> Namespace:
     parser.add_argument("src", help="folder, Hub id, or the .pt file of nanoGPT or build-nanogpt")
     parser.add_argument("dst", type=Path, help="folder to make")
     parser.add_argument("--to", choices=("gpt2", "gpt2repro"), required=True)
-    parser.add_argument("--tokenizer", metavar="DIR_OR_ID", help="where none lies beside the weights, as for .pt")
+    parser.add_argument("--tokenizer", metavar="DIR_OR_ID", help="where none is beside the weights; also meta.pkl")
     return parser.parse_args(argv)
 
 

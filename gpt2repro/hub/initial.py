@@ -1,14 +1,35 @@
 """The network that a run starts from: new from the recipe's seed, or with the weights of a checkpoint."""
 
+import os
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro.hub.convert import load_as_gpt2repro, set_end_of_text
+from gpt2repro.hub.convert import config_of, load_as_gpt2repro, set_end_of_text
 from gpt2repro.recipe import Recipe
 from modeling_gpt2repro import GPT2ReproForCausalLM
+
+SIZES = ("n_layer", "n_head", "n_embd", "n_positions")
+
+
+def take_shape(recipe: Recipe, *, world_size: int = 1) -> Recipe:
+    """The recipe with the sizes of the checkpoint that starts the run, where its model is `init_from`.
+
+    Raises:
+        ValueError: the checkpoint cannot be read, or the recipe does not fit it.
+    """
+    if recipe.model != "init_from":
+        return recipe
+    config = config_of(str(recipe.init_from))
+    recipe = replace(recipe, **{name: getattr(config, name) for name in SIZES})
+    recipe.check(world_size=world_size)
+    if not int(os.environ.get("RANK", 0)):
+        sizes = ", ".join(f"{name} {getattr(recipe, name)}" for name in SIZES)
+        print(f"the shape is that of {recipe.init_from}: {sizes}")
+    return recipe
 
 
 def initial_model(recipe: Recipe, *, vocab_size: int, eot_id: int) -> GPT2ReproForCausalLM:
@@ -35,11 +56,12 @@ def initial_model(recipe: Recipe, *, vocab_size: int, eot_id: int) -> GPT2ReproF
 def check_fit(model: GPT2ReproForCausalLM, wanted: GPT2ReproConfig, *, init_from: str) -> None:
     """Refuse a model that has other sizes than `wanted`, or an untied head, which no run trains."""
     there = model.config
-    names = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
-    differing = [name for name in names if getattr(there, name) != getattr(wanted, name)]
+    differing = [name for name in (*SIZES, "vocab_size") if getattr(there, name) != getattr(wanted, name)]
     if differing:
         sizes = [f"{name} is {getattr(there, name)} there, {getattr(wanted, name)} here" for name in differing]
-        raise ValueError(f"init_from {init_from} is of another shape: {'; '.join(sizes)}")
+        advice = "leave the sizes out and give --model init_from to take the checkpoint's"
+        advice = "give the tokenizer that it was trained with" if differing == ["vocab_size"] else advice
+        raise ValueError(f"init_from {init_from} is of another shape: {'; '.join(sizes)}; {advice}")
     if not there.tie_word_embeddings:
         raise ValueError(f"init_from {init_from} has a head of its own: expected it tied to the token embedding")
 

@@ -1,5 +1,6 @@
 """Loading from a folder or the Hub: errors that name the source, and no retries where the Hub does not answer."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer
 
 from gpt2repro.hub.upload import hub_is_reachable
+from gpt2repro.run.checkpoints import RECORD, verify_checkpoint
 
 
 def from_pretrained(loader: Any, source: str | Path, *, what: str = "checkpoint", **options: Any) -> Any:
@@ -28,12 +30,44 @@ def from_pretrained(loader: Any, source: str | Path, *, what: str = "checkpoint"
         raise ValueError(f"no {what} loads from {str(source)!r}: give a folder or a Hub id ({why})") from error
 
 
+def refuse_damage(source: str | Path) -> None:
+    """Read the weights, configuration and tokenizer of a run's checkpoint against its record; others have none.
+
+    Raises:
+        ValueError: a file is missing or damaged; it is named.
+    """
+    if (Path(source) / RECORD).is_file():
+        verify_checkpoint(Path(source), to_resume=False)
+
+
+def base_of_adapter(source: str | Path) -> str | None:
+    """The model that a folder with a LoRA adapter of peft's belongs to, as the adapter names it; else None."""
+    folder = Path(source)
+    if (folder / "config.json").exists() or not (folder / "adapter_config.json").is_file():
+        return None
+    return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def with_adapter(model: Any, folder: str | Path) -> Any:
+    """`model` with the LoRA adapter in `folder` merged into its weights; ValueError where that cannot be done."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ValueError(f"{folder} holds a LoRA adapter: pip install peft, which merges it") from None
+    try:
+        return PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except Exception as error:  # a damaged file makes the libraries raise almost anything
+        raise ValueError(f"the LoRA adapter in {folder} does not load ({reason(error)})") from error
+
+
 def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer at a folder or Hub id.
+    """The tokenizer at a folder or Hub id; that of a LoRA adapter's base where none lies beside the adapter.
 
     Raises:
         ValueError: there is none, or only an empty one that the library made from the configuration.
     """
+    if (base := base_of_adapter(source)) and not (Path(source) / "tokenizer_config.json").exists():
+        source = base
     tokenizer = from_pretrained(AutoTokenizer, source, what="tokenizer")
     if len(tokenizer) < 2:
         raise ValueError(f"{source} holds no tokenizer: save the model's there, or convert with --tokenizer DIR_OR_ID")

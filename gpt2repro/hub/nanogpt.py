@@ -4,11 +4,15 @@ Their state-dict keys are GPT-2's, and their linear layers have the shape of our
 build-nanogpt's is the tanh approximation of GPT-2.
 """
 
+import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.hub.loading import reason
@@ -54,3 +58,29 @@ def read_pt(file: Path, *, vocab_size: int | None = None) -> tuple[GPT2ReproConf
         bos_token_id=end_of_text, eos_token_id=end_of_text, dtype=wte.dtype,
     )
     return config, state
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, texts and their containers only (Python's documentation of pickle, "Restricting Globals")."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+
+
+def character_tokenizer(meta: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of nanoGPT's character-level data sets from their meta.pkl: an id for each character.
+
+    It has no <|endoftext|>, and a character that it does not know is an error, as in nanoGPT.
+
+    Raises:
+        ValueError: another kind of file, or a pickle with more in it than numbers and texts.
+    """
+    try:
+        with open(meta, "rb") as file:
+            vocabulary = _PlainUnpickler(file).load()["stoi"]
+        tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    except Exception as error:  # a damaged file makes the libraries raise almost anything
+        raise ValueError(f"{meta} is no meta.pkl of nanoGPT's character-level data ({reason(error)})") from error
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)

@@ -23,8 +23,9 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub.utils import validate_repo_id
 
+from gpt2repro.files import linked
 from gpt2repro.hub.card import model_card
-from gpt2repro.hub.convert import convert, kind_of
+from gpt2repro.hub.convert import config_of, convert
 from gpt2repro.hub.figures import read_json
 from gpt2repro.hub.upload import upload, writable_repo
 from gpt2repro.run.checkpoints import OPTIMIZER, RECORD, verify_checkpoint
@@ -42,12 +43,12 @@ def publish(
     Raises:
         ValueError: no complete checkpoint, no network, no token, no right to write, or an upload that failed.
     """
-    checkpoint = Path(checkpoint).resolve()
+    checkpoint = linked(Path(checkpoint)).resolve()
     validate_repo_id(repo_id)
     if not checkpoint.is_dir():
         raise ValueError(f"there is no folder {checkpoint}: give a checkpoint, e.g. runs/NAME/latest")
     if (checkpoint / RECORD).is_file():
-        verify_checkpoint(checkpoint)
+        verify_checkpoint(checkpoint, to_resume=False)
     elif (checkpoint / OPTIMIZER).exists():
         raise ValueError(f"{checkpoint} has {OPTIMIZER} but no {RECORD}: its saving was not finished; give another")
     if dry_run and dry_run.exists():
@@ -78,7 +79,7 @@ def gather(
     if links := [file for file in files if file.is_symlink()]:
         raise ValueError(f"{links[0]} is a symbolic link: put the file itself in its place")
     if stock or not is_of_run:
-        convert(checkpoint, folder, to="gpt2" if stock else kind_of(checkpoint))
+        convert(checkpoint, folder, to="gpt2" if stock else config_of(checkpoint).model_type)
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
         copy(file, folder / file.name)

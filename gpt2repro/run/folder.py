@@ -131,8 +131,10 @@ class RunFolder:
         if before["dataset"]["fingerprint"] != dataset["fingerprint"]:
             differing.append("the dataset is another one")
         if differing:
+            longer = f" (and --resume {folder}/latest to train on from there with the new values)"
+            another = f"another --output_dir{longer if old['max_steps'] != new['max_steps'] else ''}"
             raise ValueError(
-                f"output_dir {folder} holds another run ({'; '.join(differing)}): give another --output_dir, "
+                f"output_dir {folder} holds another run ({'; '.join(differing)}): give {another}, "
                 "the same values to resume it, or delete it to begin again"
             )
         return record | {name: before[name] for name in ("id", "starts") if name in before}

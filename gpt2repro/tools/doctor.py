@@ -32,7 +32,7 @@ from gpt2repro.data.order import WindowOrder
 from gpt2repro.data.shards import Dataset
 from gpt2repro.data.training_data import TrainingData, open_recipe_dataset, preparation_command
 from gpt2repro.hub.convert import load_as_gpt2repro
-from gpt2repro.hub.initial import initial_model
+from gpt2repro.hub.initial import initial_model, take_shape
 from gpt2repro.recipe import Recipe
 from gpt2repro.run.checkpoints import load_checkpoint, save_checkpoint
 from gpt2repro.train.devices import description
@@ -71,6 +71,7 @@ def examine(
     """
     # ---- the recipe and the data ---------------------------------------------------------------------------
     recipe.check(world_size=processes)
+    recipe = take_shape(recipe, world_size=processes)
     if recipe.source and not Path(recipe.dataset_dir[0]).exists():
         raise ValueError(f"there is no {recipe.dataset_dir[0]}; make it first: {preparation_command(recipe)}")
     accelerator = start_accelerator(recipe)

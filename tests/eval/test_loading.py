@@ -21,6 +21,22 @@ def test_a_checkpoint_loads_through_the_classes_of_this_checkout_without_trust(c
         assert torch.equal(model(ids).logits, tiny_model(ids).logits)
 
 
+def test_a_lora_adapter_loads_as_its_base_with_the_adapter_merged(checkpoint, tmp_path):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(GPT2ReproForCausalLM.from_pretrained(checkpoint), lora).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    model, tokenizer = load_model(str(tmp_path / "adapter"), device="cpu")
+    assert type(model) is GPT2ReproForCausalLM and not model.training
+    ids = tokenizer("The man", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, adapted(input_ids=ids).logits, atol=1e-4)
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"the LoRA adapter in .*adapter does not load"):
+        load_model(str(tmp_path / "adapter"), device="cpu")
+
+
 def test_code_beside_the_weights_is_not_run_without_trust(checkpoint, tmp_path):
     foreign = tmp_path / "foreign"
     shutil.copytree(checkpoint, foreign)

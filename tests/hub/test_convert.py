@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -13,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from gpt2repro.data.shards import open_dataset
 from gpt2repro.hub.convert import TRANSPOSED, from_stock, load_as_gpt2repro, main, to_stock
+from gpt2repro.hub.nanogpt import character_tokenizer
+from modeling_gpt2repro import GPT2ReproForCausalLM
 from tests.conftest import ROOT, train_rows
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32, "vocab_size": 512}
@@ -230,6 +233,71 @@ def test_a_run_starts_from_a_nanogpt_checkpoint(tmp_path, tiny_dataset, train_sc
     windows = torch.stack([ids[0:33], ids[32:65]])
     logits = nanogpt_forward(state, windows[:, :-1], n_layer=2, n_head=2, approximate="none")[..., :512]
     assert first == pytest.approx(F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item(), abs=1e-5)
+
+
+def save_meta(file, characters):
+    """As nanoGPT's data/shakespeare_char/prepare.py does."""
+    stoi = {character: index for index, character in enumerate(characters)}
+    file.write_bytes(pickle.dumps({"vocab_size": len(stoi), "itos": dict(enumerate(characters)), "stoi": stoi}))
+    return stoi
+
+
+def test_a_character_level_checkpoint_of_nanogpt_converts_with_its_meta_pkl(tmp_path):
+    characters = sorted({*"\n !'&,-.:;?3$", *map(chr, range(65, 91)), *map(chr, range(97, 123)), "é"})
+    stoi, state = save_meta(tmp_path / "meta.pkl", characters), nanogpt_state(rows=len(characters))
+    save_nanogpt(tmp_path / "ckpt.pt", state, rows=len(characters))
+    words = [tmp_path / "ckpt.pt", tmp_path / "out", "--to", "gpt2", "--tokenizer", tmp_path / "meta.pkl"]
+    assert main(list(map(str, words))) == 0
+    tokenizer, text = AutoTokenizer.from_pretrained(tmp_path / "out"), " O Romeo,\n\nwhere  art thou? é !"
+    ids = tokenizer(text)["input_ids"]
+    assert ids == [stoi[character] for character in text]
+    assert tokenizer.decode(ids) == text
+    with pytest.raises(Exception, match="UNK"):
+        tokenizer("#")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = nanogpt_forward(state, torch.tensor([ids]), n_layer=2, n_head=2, approximate="none")
+    assert (model(torch.tensor([ids])).logits - expected).abs().max() < 1e-5
+
+
+def test_a_meta_pkl_with_code_in_it_or_of_another_kind_is_refused_and_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    for content in (pickle.dumps({"stoi": {"a": Evil()}}), pickle.dumps([1]), b"", b"text"):
+        (tmp_path / "meta.pkl").write_bytes(content)
+        with pytest.raises(ValueError, match=r"meta\.pkl is no meta\.pkl of nanoGPT"):
+            character_tokenizer(tmp_path / "meta.pkl")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt2repro"])
+def test_a_lora_adapter_converts_as_its_base_with_the_adapter_merged(stock, tiny_dataset, tmp_path, kind, monkeypatch):
+    peft = pytest.importorskip("peft")
+    model = stock if kind == "gpt2" else from_stock(stock)
+    for part in (model, AutoTokenizer.from_pretrained(tiny_dataset)):
+        part.save_pretrained(tmp_path / "base")
+    base = type(model).from_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(r=2, target_modules=["c_attn", "c_proj"], init_lora_weights=False, task_type="CAUSAL_LM",
+                           fan_in_fan_out=kind == "gpt2")  # fmt: skip
+    adapted = peft.get_peft_model(base, lora).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = adapted(input_ids=TOKENS).logits
+        assert (expected - stock.eval()(TOKENS).logits).abs().max() > 1e-3
+        for to in ("gpt2", "gpt2repro"):
+            assert main([str(tmp_path / "adapter"), str(tmp_path / to), "--to", to]) == 0
+            converted = AutoModelForCausalLM.from_pretrained(tmp_path / to)
+            assert (converted(TOKENS).logits - expected).abs().max() < 1e-4
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match="holds a LoRA adapter: pip install peft"):
+        load_as_gpt2repro(tmp_path / "adapter")
+
+
+def test_our_class_refuses_a_stock_checkpoint_and_says_how_to_convert_it(stock, tmp_path):
+    stock.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"this is a gpt2 checkpoint.* python -m gpt2repro\.hub\.convert"):
+        GPT2ReproForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["bin", "nanogpt"])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro.hub.initial import initial_model
+from gpt2repro.hub.initial import initial_model, take_shape
 from gpt2repro.recipe import Recipe
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -43,3 +43,18 @@ def test_a_run_does_not_start_from_an_untied_head(tmp_path):
     save(tmp_path, tie_word_embeddings=False)
     with pytest.raises(ValueError, match="has a head of its own: expected it tied to the token embedding"):
         initial_model(replace(RECIPE, init_from=str(tmp_path)), vocab_size=32, eot_id=0)
+
+
+def test_a_run_takes_the_shape_of_its_checkpoint_and_says_so(tmp_path, capsys):
+    save(tmp_path)
+    recipe = Recipe(model="init_from", init_from=str(tmp_path), seq_len=16)
+    shaped = take_shape(recipe)
+    assert {name: getattr(shaped, name) for name in SHAPE} == SHAPE
+    assert "n_layer 1, n_head 2, n_embd 8, n_positions 16" in capsys.readouterr().out
+    assert initial_model(shaped, vocab_size=32, eot_id=0).config.n_embd == 8
+    with pytest.raises(ValueError, match="seq_len=1024 is longer than the model's n_positions=16"):
+        take_shape(replace(recipe, seq_len=1024))
+    for other, advice in ({"n_embd": 16}, "give --model init_from"), ({}, "give the tokenizer"):
+        with pytest.raises(ValueError, match=advice):
+            wanted = replace(RECIPE, init_from=str(tmp_path), **other)
+            initial_model(wanted, vocab_size=32 if other else 33, eot_id=0)

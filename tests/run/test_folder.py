@@ -144,6 +144,7 @@ def test_a_folder_of_another_run_or_of_something_else_is_refused_and_left_as_it_
     other_data = {"dataset": {"fingerprint": "other"}, "model": {}}
     for path, changed, facts, expected in (
         ("run", replace(recipe, seed=7), FACTS, "holds another run .seed is 1337 there and 7 here.: give another"),
+        ("run", replace(recipe, max_steps=9), FACTS, r"another --output_dir \(and --resume .*/run/latest to train"),
         ("run", recipe, other_data, "the dataset is another one"),
         ("run", replace(recipe, resume="never"), FACTS, "holds a run and resume is never"),
         ("thesis", recipe, FACTS, "is not empty and holds no run"),
