@@ -30,27 +30,9 @@ import numpy as np
 from tqdm import tqdm
 
 from gpt2repro import command
-from gpt2repro.data import encoding
-from gpt2repro.data.shards import (
-    SPLITS,
-    UNFINISHED,
-    ShardWriter,
-    load_tokenizer,
-    read_record,
-    tokenizer_record,
-    write_record,
-)  # fmt: skip
-from gpt2repro.data.sources import (
-    FILES,
-    NOT_TEXT,
-    NOT_UTF8,
-    SOURCES,
-    WITHOUT_CHOICES,
-    Document,
-    Source,
-    open_source,
-    same_source,
-)  # fmt: skip
+from gpt2repro.data import encoding, shards, sources
+from gpt2repro.data.shards import SPLITS, UNFINISHED, ShardWriter, load_tokenizer, tokenizer_record
+from gpt2repro.data.sources import Document, Source, open_source
 from gpt2repro.files import take_lock
 
 BATCH_BYTES = 2**20  # of text to a worker at a time: a second of its work
@@ -61,7 +43,7 @@ SAMPLE_BYTES = 2**21  # of the source, for the comparison of encoders
 LONGEST_TOKEN_BYTES = 8  # on average, generously: how much text --val-tokens may take, before there is a tokenizer
 SPARE_DISK = 2**28
 MOST_WORKERS = 1024
-SKIPPED = (encoding.EMPTY, NOT_TEXT, NOT_UTF8)
+SKIPPED = (encoding.EMPTY, sources.NOT_TEXT, sources.NOT_UTF8)
 
 Piece = tuple[str, bytes, bool]  # its split or why it is skipped, text, whether <|endoftext|> precedes it
 Encoded = tuple[dict[str, np.ndarray], Counter[str], Any]  # ids by split, skipped records, position in the source
@@ -168,7 +150,7 @@ def prepare(
         advice = "train:N takes a number and the whole source; for parts, train on a sample first and name its folder"
         raise ValueError(f"tokenizer {tokenizer!r} with part {part}: {advice}")
     recorded = _recorded_settings(out)
-    if source not in WITHOUT_CHOICES and (revision := recorded.get("source", {}).get("revision")):
+    if source not in sources.WITHOUT_CHOICES and (revision := recorded.get("source", {}).get("revision")):
         source_options.setdefault("revision", revision)  # resume with the commit that it began with
     origin = open_source(source, part=(int(fraction[1]), int(fraction[2])), **source_options)
     validation = _validation(origin, val_tokens, val_fraction)
@@ -183,7 +165,7 @@ def prepare(
         "part": part,
     }
     differing = [key for key in settings if recorded and recorded.get(key) != settings[key]]
-    if "source" in differing and same_source(recorded["source"], origin.record):
+    if "source" in differing and sources.same_source(recorded["source"], origin.record):
         differing.remove("source")
     if differing:
         was = "; ".join(f"{key} is {recorded.get(key)}, asked for {settings[key]}" for key in differing)
@@ -232,7 +214,7 @@ class _Preparation:
         self.tokenizer_name = {"tokenizer_name": tokenizer} if named else {}  # a folder's path would name a machine
         state = {"progress": {"position": None, "skipped": dict.fromkeys(SKIPPED, 0)}, "splits": {}}
         if self.state_file.exists():
-            state = read_record(self.state_file)
+            state = shards.read_record(self.state_file)
         else:
             self._save_tokenizer(tokenizer)
         self.position, self.skipped = state["progress"]["position"], Counter(state["progress"]["skipped"])
@@ -268,12 +250,12 @@ class _Preparation:
             for ids, skipped, position in encoded(batches, workers, (self.tokenizer_file, self.eot_id, fast)):
                 self._write(**ids)
                 self.skipped.update(skipped)
-                tokens, shards = self._written()
+                tokens, finished = self._written()
                 bar.update(tokens - bar.n)
-                if position and (shards > saved_shards or time.monotonic() - saved > CHECKPOINT_SECONDS):
+                if position and (finished > saved_shards or time.monotonic() - saved > CHECKPOINT_SECONDS):
                     self.position = position
                     self._save()
-                    saved, saved_shards = time.monotonic(), shards
+                    saved, saved_shards = time.monotonic(), finished
         self._finish()
 
     def _written(self) -> tuple[int, int]:
@@ -295,7 +277,7 @@ class _Preparation:
         self.train.flush()
         self.val.flush()
         progress = {"position": self.position, "skipped": self.skipped}
-        write_record(self.state_file, {"settings": self.settings, "progress": progress, "splits": self.splits})
+        shards.write_record(self.state_file, {"settings": self.settings, "progress": progress, "splits": self.splits})
 
     def _finish(self) -> None:
         if not self.train.record["tokens"]:
@@ -305,7 +287,7 @@ class _Preparation:
         self.train.finish_shard()
         self.val.finish_shard()
         record = {**self.tokenizer, **self.settings, **self.tokenizer_name, "splits": self.splits}
-        write_record(self.out / "dataset.json", {**record, "skipped": self.skipped})
+        shards.write_record(self.out / "dataset.json", {**record, "skipped": self.skipped})
         counts = (f"{name} {r['tokens']:,} tokens in {r['documents']:,} documents" for name, r in self.splits.items())
         print(f"{self.out}: {', '.join(counts)}; skipped {dict(self.skipped)}", file=sys.stderr)
 
@@ -350,7 +332,7 @@ def _recorded_settings(out: Path) -> dict:
     """The settings of what is in the folder; {} where there is nothing."""
     for file in out / "dataset.json", out / UNFINISHED / "state.json":
         if file.exists():
-            content = read_record(file)
+            content = shards.read_record(file)
             return content.get("settings", content)
     if out.is_file() or (out.exists() and any(out.iterdir()) and not (out / UNFINISHED).exists()):
         raise ValueError(f"{out} is no folder, or is not empty and holds no dataset; name a new folder")
@@ -360,8 +342,8 @@ def _recorded_settings(out: Path) -> dict:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gpt2repro.data.prepare", description=str(__doc__).splitlines()[0])
     add = parser.add_argument
-    add("--source", required=True, choices=SOURCES)
-    add("--files", nargs="+", metavar="GLOB", help=f"{' '.join(FILES)} (--source files)")
+    add("--source", required=True, choices=sources.SOURCES)
+    add("--files", nargs="+", metavar="GLOB", help=f"{' '.join(sources.FILES)} (--source files)")
     add("--dataset", help="a Hub id, or a local folder laid out like one (--source hub)")
     add("--name", dest="config", help="the dataset's configuration, such as sample-100BT")
     add("--split", help="the dataset's split (default: train)")
