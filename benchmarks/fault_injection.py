@@ -374,7 +374,8 @@ def inject_faults(arguments: argparse.Namespace, folder: Path) -> int:
             print(json.dumps([attempt(folder, fault, n, arguments.seed, known) for n in numbers]))
 
         workers = [Start(partial(work, first)) for first in range(arguments.workers)]
-        outcomes = [outcome for each in workers for outcome in json.loads(each.end(0, patience=math.inf))]
+        results = [each.end(0, patience=math.inf).splitlines()[-1] for each in workers]  # after warnings
+        outcomes = [outcome for result in results for outcome in json.loads(result)]
         problems = [outcome for outcome in outcomes if outcome]
         row = {"times": tries * FAULTS[fault], "problems": len(problems), "seconds": time.monotonic() - began}
         row["hung"] = sum("Hung" in problem for problem in problems)

@@ -8,7 +8,13 @@ import shutil
 import pytest
 
 import train_accelerate
+from eval.sample import main as sample
+from eval.validation import main as validate
 from gpt2repro.data.shards import open_dataset
+from gpt2repro.hub.convert import main as convert
+from gpt2repro.hub.gguf import main as gguf
+from gpt2repro.hub.publish import main as publish
+from gpt2repro.run.checkpoints import RECORD
 from gpt2repro.tools.inspect import main as inspect
 from tests.conftest import end, train_rows
 from tests.run.test_checkpoints import DAMAGE, content, file_size_limit, flip
@@ -42,6 +48,34 @@ def test_a_bit_flipped_anywhere_in_a_datasets_record_is_an_error(tiny_dataset, t
             open_dataset(copy)
         flip(record, position)
     assert open_dataset(copy).fingerprint == fingerprint
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", RECORD])
+def test_a_flipped_bit_in_a_checkpoint_is_named_by_every_command_that_reads_one(
+    unbroken_run, train_script, tmp_path, capsys, name
+):
+    checkpoint = shutil.copytree(unbroken_run / "step-00000008", tmp_path / "checkpoint")
+    (tmp_path / "text").write_text("a text")
+    flip(checkpoint / name, 400)
+    read = {
+        validate: ["--model", checkpoint, "--text", tmp_path / "text"],
+        sample: ["--model", checkpoint, "--prompt", "a"],
+        convert: [checkpoint, tmp_path / "out", "--to", "gpt2"],
+        gguf: [checkpoint, tmp_path / "out"],
+        publish: [checkpoint, "--repo-id", "me/model", "--dry-run", tmp_path / "out"],
+        train_accelerate.main: train_script.flags(tmp_path / "run", init_from=checkpoint),
+    }
+    for main, arguments in read.items():
+        assert main([str(word) for word in arguments]) == 1
+        error = capsys.readouterr().err
+        assert f"{name} " in error or f"no tokenizer loads from '{checkpoint}'" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "text"]
+
+
+def test_the_weights_of_a_checkpoint_load_without_its_optimizer_state(unbroken_run, tmp_path, capsys):
+    checkpoint = shutil.copytree(unbroken_run / "step-00000008", tmp_path / "checkpoint")
+    (checkpoint / "optimizer.safetensors").unlink()
+    assert sample(["--model", str(checkpoint), "--prompt", "a", "--max-new-tokens", "1"]) == 0
 
 
 def test_training_refuses_a_tokenizer_that_did_not_make_the_tokens(train_script, tiny_dataset, tmp_path, capsys):

@@ -196,13 +196,15 @@ def load_checkpoint(
     return record
 
 
-def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """Read every file of a checkpoint against its record, which is returned.
+def verify_checkpoint(path: Path, *, to_resume: bool = True) -> dict[str, Any]:
+    """Read every file of a checkpoint against its record, which is returned; the optimizer's state only to resume.
 
     Raises:
         ValueError: names the first file that is missing, of another size, or of another content.
     """
     advice = "resume from another checkpoint (--resume previous, or --resume PATH)"
+    if not to_resume:
+        advice = f"copy it again, or delete {RECORD} if you changed the checkpoint yourself"
     try:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
         intact = record.pop("sha256") == seal(record)
@@ -223,7 +225,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
             raise ValueError(f"{file} is damaged (its sha256 is not the recorded one): {advice}")
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(verify, record["files"]))
+        list(pool.map(verify, [name for name in record["files"] if to_resume or name != OPTIMIZER]))
     return record
 
 

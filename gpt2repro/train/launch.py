@@ -6,6 +6,8 @@ that the device has. Accelerate's own default `no` is no asking.
 
 import contextlib
 import os
+import struct
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -105,22 +107,35 @@ def compile_in_place(model: Any, recipe: Recipe, accelerator: Accelerator) -> bo
     """
     if not compile_wanted(recipe, accelerator.device):
         return False
-    remove_empty_binaries()
+    remove_cut_binaries()
     torch._dynamo.config.optimize_ddp = False
     for part in model.transformer.h if accelerator.is_fsdp2 else [model]:
         part.compile(fullgraph=True, dynamic=False, mode=recipe.compile_mode)
     return True
 
 
-def remove_empty_binaries() -> None:
-    """Delete compiled files without content from the compiler's cache, on which every later start would fail.
+def remove_cut_binaries() -> None:
+    """Delete compiled files that are cut off from the compiler's cache, on which every later start would fail.
 
     A kill during compilation leaves them. One that is a few seconds old may still be written by another process.
     """
     for file in Path(cache_dir()).rglob("*.so"):
         with contextlib.suppress(OSError):  # another process deletes it too
-            if file.stat().st_size == 0 and time.time() - file.stat().st_mtime > 5:
+            if time.time() - file.stat().st_mtime > 5 and not _is_whole(file):
                 file.unlink()
+
+
+def _is_whole(binary: Path) -> bool:
+    """Whether a compiled file has the size that its ELF header gives: the table of its sections comes last.
+
+    Other formats than Linux's have content or not.
+    """
+    with binary.open("rb") as file:
+        header = file.read(64)
+    if sys.platform != "linux" or len(header) < 64:
+        return len(header) == 64
+    (offset,), (size, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<2H", header, 58)
+    return header.startswith(b"\x7fELF") and binary.stat().st_size >= offset + size * count
 
 
 def compile_wanted(recipe: Recipe, device: torch.device) -> bool:
