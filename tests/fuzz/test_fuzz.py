@@ -11,6 +11,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,8 @@ def check_recipe(recipe: Recipe, folder: Path) -> None:
         write_recipe(recipe, folder / "written.yaml")
     except UnicodeEncodeError:
         return  # half a surrogate pair, which no file can hold
-    written = parse_recipe(["--recipe", str(folder / "written.yaml"), "--resume", recipe.resume], default="none")
-    assert written == recipe
+    written = parse_recipe(["--recipe", str(folder / "written.yaml")], default="none")
+    assert written == replace(recipe, resume="auto")
 
 
 @fuzz(300)
