@@ -25,7 +25,7 @@ from gpt2repro.files import file_sha256
 from gpt2repro.run.checkpoints import OPTIMIZER, RECORD, verify_checkpoint
 from gpt2repro.run.folder import RunFolder
 
-PATIENCE = 300.0  # seconds after which a start hangs
+PATIENCE = 1200.0  # seconds after which a start hangs; on a busy machine a compilation takes ten minutes
 KEEP_LAST = 2
 FLAGS = {
     "model": "demo", "n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 32, "seq_len": 32, "dropout": 0.1,

@@ -71,7 +71,8 @@ def killed_in_a_save(one: Try) -> None:
 
 def killed_while_compiling(one: Try) -> None:
     """SIGKILL to a start and its compilers: the next one starts in spite of what they left in the compiler's cache."""
-    settings = {"compile": "true", "eval_every": 0}
+    in_one_process = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # others would import torch first
+    settings = {"compile": "true", "eval_every": 0, "environment": in_one_process}
     for _ in range(one.faults):
         start = one.start(**settings)
         start.wait_until(lambda: list(one.folder.glob("inductor/**/*.cpp")))
@@ -383,8 +384,8 @@ def inject_faults(arguments: argparse.Namespace, folder: Path) -> int:
         cells = (str(row["times"]), str(row["problems"]), str(row["hung"]), f"{row['seconds']:.0f}")
         print_row(fault.__name__, *cells)
         print("\n".join(problems), end="", file=sys.stderr, flush=True)
-    figures = {"seconds_of_an_unbroken_run": known["seconds"], "flags": FLAGS, "faults": faults}
-    finish(arguments, {"benchmark": "fault_injection", **figures})
+    figures = {"date": time.strftime("%Y-%m-%d"), "seconds_of_an_unbroken_run": known["seconds"], "flags": FLAGS}
+    finish(arguments, {"benchmark": "fault_injection", **figures, "faults": faults})
     return command.EXPLAINED if any(row["problems"] for row in faults.values()) else command.DONE
 
 
