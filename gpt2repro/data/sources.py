@@ -285,10 +285,15 @@ def _long_line_text(line: bytes, text_field: str) -> tuple[Text, str | None]:
 
 def _parquet(path: Path, text_field: str, position: Any) -> Iterator[Document]:
     import datasets
+    import pyarrow
 
     file = glob.escape(str(path))
-    stream = datasets.load_dataset("parquet", data_files=file, split="train", streaming=True)
-    return _arrow_documents(stream, text_field, str(path), position)
+    try:
+        stream = datasets.load_dataset("parquet", data_files=file, split="train", streaming=True)
+        yield from _arrow_documents(stream, text_field, str(path), position)
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read to its end ({reason}); it is damaged: copy it again") from error
 
 
 # ---------------------------------------------------------------------------------------------------- the Hub

@@ -160,12 +160,13 @@ def test_python_docs_is_real_english_and_the_same_every_time() -> None:
     assert [text_of(document) for document in two.documents(1000)] == texts[1000:]
 
 
-@pytest.mark.parametrize("cut", ["jsonl.gz", "jsonl.zst"])
-def test_a_compressed_file_that_ends_early_is_an_error_with_its_name(tmp_path: Path, cut: str) -> None:
+@pytest.mark.parametrize("cut", ["jsonl.gz", "jsonl.zst", "parquet"])
+def test_a_file_that_ends_early_or_has_another_content_is_an_error_with_its_name(tmp_path: Path, cut: str) -> None:
     path = write(tmp_path / f"cut.{cut}", TEXTS)
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=rf"cut\.{cut} cannot be read to its end"):
-        list(open_source("files", files=[str(path)]).documents())
+    for content in path.read_bytes()[:-20], b"To be, or not to be" * 9:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"cut\.{cut} cannot be read to its end"):
+            list(open_source("files", files=[str(path)]).documents())
 
 
 @pytest.mark.parametrize(
