@@ -31,8 +31,7 @@ from transformers import PreTrainedModel
 
 from gpt2repro.data.training_data import open_data
 from gpt2repro.eval.in_training import Evaluation
-from gpt2repro.files import linked
-from gpt2repro.hub.initial import initial_model, take_shape
+from gpt2repro.hub import initial
 from gpt2repro.hub.push import BackgroundPush
 from gpt2repro.processes import check_same, on_every_process, on_main_process, whole
 from gpt2repro.run.folder import RunFolder
@@ -50,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit code."""
 
     def work() -> int:
-        recipe = take_shape(read_recipe(argv, announce=True), world_size=int(os.environ.get("WORLD_SIZE", 1)))
+        recipe = initial.take_shape(read_recipe(argv, announce=True), world_size=int(os.environ.get("WORLD_SIZE", 1)))
         # On from the first time that the processes wait for each other.
         watchdog = Watchdog(recipe.watchdog_minutes, rank=int(os.environ.get("RANK", 0)))
         try:
@@ -79,7 +78,7 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
     loss_impl = loss_form(recipe, device)
     data = open_data(recipe, accelerator)
     evaluation = on_every_process(lambda: Evaluation(recipe, data, accelerator, loss_impl=loss_impl))
-    raw = on_every_process(lambda: initial_model(recipe, vocab_size=data.vocab_size, eot_id=data.eot_id))
+    raw = on_every_process(lambda: initial.initial_model(recipe, vocab_size=data.vocab_size, eot_id=data.eot_id))
     raw.train().to(device)
     facts = {"dataset": data.facts(), "model": model_facts(raw)}
     folder = RunFolder(recipe.output_dir)
@@ -196,7 +195,7 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
     for row in pushes.wait(stopped=stopped, give_up=stop.wanted) if pushes else ():
         log.write(step, "push", **row)
     log.close()
-    log.show(summary(linked(folder.path / "latest"), step=step, stopped=stopped))
+    log.show(summary(folder.latest, step=step, stopped=stopped))
     folder.release()
     return command.STOPPED_BY_SIGNAL if stopped else command.DONE
 

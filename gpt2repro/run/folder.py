@@ -27,7 +27,7 @@ from uuid import uuid4
 
 import torch
 
-from gpt2repro.files import take_lock, write_whole
+from gpt2repro.files import linked, take_lock, write_whole
 from gpt2repro.recipe import DEFINING_FIELDS, Recipe, write_recipe
 from gpt2repro.run import checkpoints
 from gpt2repro.run.metrics import MetricsLog, read_metrics
@@ -167,6 +167,11 @@ class RunFolder:
     def resume_from(self, checkpoint: Path | None, *, step: int) -> None:
         """Make `checkpoint`, of step `step`, the newest of the run; see `checkpoints.resume_from`."""
         checkpoints.resume_from(self.path, checkpoint, step=step)
+
+    @property
+    def latest(self) -> Path:
+        """The newest checkpoint: the link to it, or the folder itself where links are refused."""
+        return linked(self.path / "latest")
 
     @property
     def profile(self) -> Path:
