@@ -29,11 +29,11 @@ import torch
 from accelerate import Accelerator, PartialState
 from transformers import PreTrainedModel
 
+from gpt2repro import processes
 from gpt2repro.data.training_data import open_data
 from gpt2repro.eval.in_training import Evaluation
 from gpt2repro.hub import initial
 from gpt2repro.hub.push import BackgroundPush
-from gpt2repro.processes import check_same, on_every_process, on_main_process, whole
 from gpt2repro.run.folder import RunFolder
 from gpt2repro.run.metrics import MetricsLog
 from gpt2repro.train.estimates import memory_report, peak_memory_bytes, speed_limits
@@ -73,21 +73,22 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
     """One run: its parts in the order in which they are made, then the loop; returns the exit code."""
     # ---- processes, data, model, optimizer -----------------------------------------------------------------
     accelerator = start_accelerator(recipe)
-    check_same(accelerator, "a recipe", recipe)
+    processes.check_same(accelerator, "a recipe", recipe)
     device, world_size, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     loss_impl = loss_form(recipe, device)
     data = open_data(recipe, accelerator)
-    evaluation = on_every_process(lambda: Evaluation(recipe, data, accelerator, loss_impl=loss_impl))
-    raw = on_every_process(lambda: initial.initial_model(recipe, vocab_size=data.vocab_size, eot_id=data.eot_id))
+    evaluation = processes.on_every_process(lambda: Evaluation(recipe, data, accelerator, loss_impl=loss_impl))
+    words = {"vocab_size": data.vocab_size, "eot_id": data.eot_id}
+    raw = processes.on_every_process(lambda: initial.initial_model(recipe, **words))
     raw.train().to(device)
     facts = {"dataset": data.facts(), "model": model_facts(raw)}
     folder = RunFolder(recipe.output_dir)
-    on_main_process(accelerator, lambda: folder.check(recipe, **facts))
+    processes.on_main_process(accelerator, lambda: folder.check(recipe, **facts))
     compiled = compile_in_place(raw, recipe, accelerator)
     model, optimizer = accelerator.prepare(raw, make_optimizer(raw, recipe))
 
     # ---- resume, check, take the folder --------------------------------------------------------------------
-    checkpoint = on_main_process(accelerator, lambda: folder.find_checkpoint(recipe.resume))
+    checkpoint = processes.on_main_process(accelerator, lambda: folder.find_checkpoint(recipe.resume))
     start_step = 0
     if checkpoint:
         start_step = folder.load(
@@ -109,8 +110,8 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
         folder.resume_from(checkpoint, step=start_step)
         log = folder.open_metrics(recipe, step=start_step)
 
-    on_main_process(accelerator, take_folder)
-    rows = on_main_process(accelerator, lambda: folder.rows(up_to=start_step))
+    processes.on_main_process(accelerator, take_folder)
+    rows = processes.on_main_process(accelerator, lambda: folder.rows(up_to=start_step))
     resumed = f", resumed from {checkpoint}" if checkpoint else ""
     log.show(f"{recipe.output_dir}: step {start_step} to {recipe.max_steps}{resumed}")
     log.show(description(recipe, accelerator, raw, data, compiled=compiled, loss_impl=loss_impl))
@@ -145,7 +146,7 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
         torch.manual_seed(seed_of(recipe.seed, step, rank))  # dropout: a resumed run draws the same
 
         loss_sum = micro_steps(accelerator, model, itertools.islice(batches, accumulation), accumulation, loss_impl)
-        norm = whole(accelerator.clip_grad_norm_(model.parameters(), recipe.grad_clip or math.inf))
+        norm = processes.whole(accelerator.clip_grad_norm_(model.parameters(), recipe.grad_clip or math.inf))
         # The one host sync of a step: the loss over all micro-steps and processes, the norm, and whether to stop.
         stopping = torch.full((), float(stop.wanted()), device=device)
         sums = accelerator.reduce(torch.stack([loss_sum / world_size, stopping]), "sum")
