@@ -78,8 +78,8 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
     loss_impl = loss_form(recipe, device)
     data = open_data(recipe, accelerator)
     evaluation = processes.on_every_process(lambda: Evaluation(recipe, data, accelerator, loss_impl=loss_impl))
-    words = {"vocab_size": data.vocab_size, "eot_id": data.eot_id}
-    raw = processes.on_every_process(lambda: initial.initial_model(recipe, **words))
+    vocabulary = {"vocab_size": data.vocab_size, "eot_id": data.eot_id}
+    raw = processes.on_every_process(lambda: initial.initial_model(recipe, **vocabulary))
     raw.train().to(device)
     facts = {"dataset": data.facts(), "model": model_facts(raw)}
     folder = RunFolder(recipe.output_dir)
