@@ -28,6 +28,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any
 from urllib.request import Request, urlopen
 
@@ -86,6 +87,7 @@ def killed_while_compiling(one: Try) -> None:
 
 
 def prepare_here(one: Try, workers: int) -> None:
+    sys.modules["__main__"] = ModuleType("__main__")  # else each worker imports this module, and torch with it
     files = [str(ROOT / "docs" / "*.md")]
     prepare(source="files", files=files, tokenizer="train:512", val_tokens=2000, out=one.dataset, workers=workers)
 

@@ -10,7 +10,7 @@ import pytest
 import train_accelerate
 from eval.sample import main as sample
 from eval.validation import main as validate
-from gpt2repro.data.shards import open_dataset
+from gpt2repro.data.shards import open_dataset, tokenizer_sha256
 from gpt2repro.hub.convert import main as convert
 from gpt2repro.hub.gguf import main as gguf
 from gpt2repro.hub.publish import main as publish
@@ -48,6 +48,19 @@ def test_a_bit_flipped_anywhere_in_a_datasets_record_is_an_error(tiny_dataset, t
             open_dataset(copy)
         flip(record, position)
     assert open_dataset(copy).fingerprint == fingerprint
+
+
+def test_a_bit_flipped_anywhere_in_a_datasets_tokenizer_is_one_error_or_does_no_harm(tiny_dataset, tmp_path):
+    copy = shutil.copytree(tiny_dataset, tmp_path / "copy")
+    file = copy / "tokenizer.json"
+    positions = range(3, file.stat().st_size, 211)
+    for position in positions:
+        flip(file, position)
+        with contextlib.suppress(ValueError):
+            tokenizer_sha256(copy)
+        flip(file, position)
+    assert len(positions) > 50
+    assert tokenizer_sha256(copy) == open_dataset(copy).tokenizer_sha256
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", RECORD])

@@ -58,8 +58,8 @@ def load_tokenizer(name: str) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(name))
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a damaged file makes the libraries raise almost anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"no tokenizer loads from {name!r} ({reason}); give its folder or its Hub id") from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer {name!r} has no eos_token, which is what separates documents; set one")
