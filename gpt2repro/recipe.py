@@ -253,13 +253,11 @@ def read_recipe(argv: list[str] | None = None, *, announce: bool = False) -> Rec
     words = sys.argv[1:] if argv is None else argv
     recipe = parse_recipe(words, default=DEFAULT_RECIPE)
     recipe.check(world_size=int(os.environ.get("WORLD_SIZE", 1)))
-    without = words and not any(word.split("=")[0] == "--recipe" for word in words)
-    if announce and without and not int(os.environ.get("RANK", 0)):
-        print(
-            "no --recipe: what no flag sets is as for GPT-2 124M on 10B tokens; this run: model "
-            f"{recipe.model}, {recipe.max_steps:,} steps of {recipe.global_batch_tokens:,} tokens (the demo: --recipe "
-            f"{DEFAULT_RECIPE})"
-        )
+    named = not words or any(word.split("=")[0] == "--recipe" for word in words)
+    if announce and not named and not int(os.environ.get("RANK", 0)):
+        steps = f"model {recipe.model}, {recipe.max_steps:,} steps of {recipe.global_batch_tokens:,} tokens"
+        print(f"no --recipe: what no flag sets is as for GPT-2 124M on 10B tokens. This run: {steps}")
+        print(f"the demo is --recipe {DEFAULT_RECIPE}")
     return recipe
 
 

@@ -5,7 +5,7 @@
 
 import ast
 import contextlib
-import importlib
+import importlib.util
 import io
 import json
 import os
@@ -15,12 +15,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from functools import cache
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import pytest
 import yaml
 
+from gpt2repro.recipe import DEFAULT_RECIPE, parse_recipe
 from tests.conftest import ENVIRONMENT, ROOT
 
 PAGES = sorted((ROOT / "docs" / "lecture").glob("*.md"))
@@ -118,6 +119,7 @@ def test_the_lecture_has_its_nineteen_segments_each_with_its_place_and_a_cell():
 
 COMMAND = re.compile(r"(?:\bpython3? -m|\baccelerate launch|\bpython (?=\w+\.py))\b[^\n`|;]*")
 WITH_RECIPE = ("gpt2repro.tools.doctor", "gpt2repro.tools.sweep")  # every field of a recipe is also their flag
+FOREIGN = ("eval.lm_eval_model",)  # another library's command, with its flags
 
 
 def quoted_commands(document: Path) -> list[list[str]]:
@@ -142,6 +144,21 @@ def launcher_flags() -> set[str]:
     return set(launch_command_parser()._option_string_actions)
 
 
+def launched_processes(launcher: list[str]) -> int:
+    """How many processes the flags of `accelerate launch` start."""
+    values = dict(pairwise(launcher))
+    file = ROOT / values.get("--config_file", "no such file")
+    configured = yaml.safe_load(file.read_text())["num_processes"] if file.is_file() else 1
+    return int(values.get("--num_processes", configured))
+
+
+def check_recipe(words: list[str], *, world_size: int) -> None:
+    """Refuse a quoted run that would not start: its recipe must fit the number of processes."""
+    if "--recipe" in words and (ROOT / (path := words[words.index("--recipe") + 1])).is_file():
+        words = [*words, "--recipe", str(ROOT / path)]
+        parse_recipe(words, default=DEFAULT_RECIPE).check(world_size=world_size)
+
+
 def flags_in(words: list[str]) -> set[str]:
     return {word.split("=")[0] for word in words if re.match(r"--\w", word)}
 
@@ -149,15 +166,19 @@ def flags_in(words: list[str]) -> set[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_command_that_a_document_quotes_exists_and_knows_its_flags(document):
     for words in quoted_commands(document):
-        command, unknown = " ".join(words), set()
+        command, unknown, processes = " ".join(words), set(), 1
         if words[0] == "accelerate":
             launcher = list(takewhile(lambda word: word != "-m" and not word.endswith(".py"), words))
             words, unknown = words[len(launcher) :], flags_in(launcher) - launcher_flags()
+            processes = launched_processes(launcher)
         else:
             words = words[1:]
         name = words[1] if words[:1] == ["-m"] else "".join(words[:1]).removesuffix(".py")
         if name.split(".")[0] in ("eval", "gpt2repro", "benchmarks", "train_accelerate") and name[-1].isalnum():
-            unknown |= flags_in(words) - flags_of(name)
+            assert importlib.util.find_spec(name), command
+            unknown |= set() if name in FOREIGN else flags_in(words) - flags_of(name)
+        if name == "train_accelerate" and not unknown and "…" not in command:
+            check_recipe(words[1:], world_size=processes)
         missing = [word for word in words if word.startswith(("recipes/", "accelerate_configs/"))]
         missing = [word for word in missing if word.endswith((".yaml", ".sh")) and not (ROOT / word).exists()]
         assert not unknown and not missing, f"{command}: unknown {unknown or missing}"
