@@ -74,7 +74,7 @@ def validation(description: str | None, argv: list[str] | None) -> argparse.Name
     parser = model_parser(description)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--dataset", nargs="+", metavar="DIR", help="token shards; their validation split is measured")
-    source.add_argument("--text", help="a text file in UTF-8")
+    source.add_argument("--text", "--texts", nargs="+", metavar="FILE", help="text files in UTF-8, and their mean")
     parser.add_argument("--format", default="auto", choices=FORMATS, help="--dataset: nanoGPT's .bin must be named")
     parser.add_argument("--seq-len", type=int, help="tokens of a window (default: the model's longest)")
     parser.add_argument("--stride", type=int, help="--text: new tokens of a window (default: seq-len, no overlap)")

@@ -1,6 +1,5 @@
 """What a run measures of its model while it trains: validation loss, benchmarks, samples."""
 
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -14,7 +13,7 @@ from gpt2repro.train.estimates import has_expected_loss, loss_warning
 
 from .multiple_choice import evaluate_tasks, prepare_task
 from .sample import sample
-from .validation import validation_loss
+from .validation import bytes_per_token, loss_figures, stream_bytes, validation_loss
 
 Row = tuple[str, dict[str, Any]]  # the kind of a row of metrics.jsonl, and its values
 
@@ -28,6 +27,7 @@ class Evaluation:
     def __init__(self, recipe: Recipe, data: TrainingData, accelerator: Accelerator, *, loss_impl: str) -> None:
         self.recipe, self.data, self.accelerator, self.loss_impl = recipe, data, accelerator, loss_impl
         longest = recipe.shape()["n_positions"]
+        self.token_bytes = bytes_per_token(data.tokenizer)
         self.tasks = [prepare_task(task, data.tokenizer, max_length=longest) for task in recipe.eval_tasks]
 
     def __call__(self, step: int, model: Any, averaged: AbstractContextManager) -> Iterator[Row]:
@@ -63,8 +63,9 @@ class Evaluation:
         several = self.accelerator.num_processes > 1
         add = (lambda tensor: self.accelerator.reduce(tensor, "sum")) if several else None
         loss, counted = validation_loss(model, self.data.validation(), reduce=add, loss_impl=self.loss_impl)
+        size = stream_bytes(self.token_bytes, self.data.dataset.split("val"), counted)
         tokens = step * self.recipe.global_batch_tokens
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "eval_tokens": counted, "tokens": tokens}
+        return {**loss_figures(loss, counted, size), "eval_tokens": counted, "tokens": tokens}
 
     def _samples(self, step: int, model: Any) -> Iterator[Row]:
         """Continuations of the same prompt every time; on every process, because a sharded model needs all of them."""

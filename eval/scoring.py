@@ -122,7 +122,7 @@ def make_trees(queries: Iterable[Query], *, n_embd: int, share: bool) -> list[Tr
 
 
 def make_batches(trees: list[Tree], *, budget: int, batch_size: int | None = None) -> Iterator[list[Tree]]:
-    """The rows from long to short: `budget` tokens at a time, a tenth of them padding, or `batch_size` rows."""
+    """The rows, long ones first: `budget` tokens at a time, at most a tenth of them padding, or `batch_size` rows."""
     batch: list[Tree] = []
     tokens = longest = 0
     for tree in sorted(trees, key=lambda tree: -len(tree.tokens)):

@@ -1,10 +1,11 @@
 """Validation loss of a model on held-out text: nats per token, perplexity, bits per byte.
 
     python -m eval.validation --model runs/demo/latest --dataset data/shakespeare --output val.json
-    python -m eval.validation --model openai-community/gpt2 --text book.txt --stride 512 --output val.json
+    python -m eval.validation --model openai-community/gpt2 --texts book.txt wiki.txt --stride 512 --output val.json
 
 Works for every causal language model of the library, so that a baseline and a run are measured by the same code. The
-JSON holds `loss`, `perplexity`, `bits_per_byte`, `tokens` and what they were measured on.
+JSON holds `loss`, `perplexity`, `bits_per_byte`, `tokens` and what they were measured on. For several texts these are
+means in which every text has the same weight, and `texts` holds those of each.
 """
 
 from gpt2repro import command
@@ -26,7 +27,7 @@ from torch.nn import functional as F
 
 from gpt2repro.data.encoding import HARD_TEXT
 from gpt2repro.data.loader import Batch, validation_batches
-from gpt2repro.data.shards import Dataset, open_dataset, tokenizer_sha256
+from gpt2repro.data.shards import Dataset, TokenStream, check_contents, open_dataset, tokenizer_sha256
 
 from .loading import load_from, max_positions
 from .output import check_output, measured, write_results
@@ -132,16 +133,15 @@ def _dataset_loss(
             f"{dataset.path} was prepared with another tokenizer ({dataset.vocab_size:,} tokens) than the model has "
             f"({len(tokenizer):,} tokens): prepare the same text again with the model's"
         )
-    stream = dataset.split("val")
+    stream = check_contents(dataset, ["val"]).split("val")
     limit = stream.tokens if max_tokens is None else max_tokens
     batches = validation_batches(
         stream, seq_len=seq_len, max_tokens=limit, micro_batch_size=batch_size, vocab_size=dataset.vocab_size,
         device=model.device,
     )
     loss, tokens = validation_loss(model, batches)
-    sizes = bytes_per_token(tokenizer)
-    size = None if sizes is None else int(sizes[stream.read(1, tokens)].sum())
-    return {"loss": loss, "tokens": tokens, "bytes": size}
+    size = stream_bytes(bytes_per_token(tokenizer), stream, tokens)
+    return {**loss_figures(loss, tokens, size), "tokens": tokens, "bytes": size}
 
 
 def _text_loss(model, tokenizer, file: str, *, seq_len: int, batch_size: int, stride: int) -> dict:
@@ -151,12 +151,15 @@ def _text_loss(model, tokenizer, file: str, *, seq_len: int, batch_size: int, st
         ids = text_ids(tokenizer, content.decode())
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 ({error}): convert it") from None
+    if not ids:
+        raise ValueError(f"{file} has no tokens: give a text that is not empty")
     start_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start_id is None:
         raise ValueError("the tokenizer has neither a bos nor an eos token to start a text with: give another one")
     shape = {"seq_len": seq_len, "stride": stride, "batch_size": batch_size}
     loss, tokens = validation_loss(model, text_windows(ids, start_id=start_id, device=model.device, **shape))
-    return {"loss": loss, "tokens": tokens, "bytes": len(content), "stride": stride}
+    size = len(content)
+    return {**loss_figures(loss, tokens, size), "tokens": tokens, "bytes": size, "stride": stride}
 
 
 def _measure(arguments: argparse.Namespace) -> None:
@@ -170,21 +173,43 @@ def _measure(arguments: argparse.Namespace) -> None:
         # Foreign shards do not record their tokenizer.
         named = arguments.tokenizer or arguments.model
         dataset = open_dataset(arguments.dataset, format=arguments.format, tokenizer=named)
-        result = _dataset_loss(model, tokenizer, dataset, max_tokens=arguments.max_tokens, **shape)
+        figures = _dataset_loss(model, tokenizer, dataset, max_tokens=arguments.max_tokens, **shape)
+        rows = [{"measured_on": ", ".join(arguments.dataset), **figures}]
     else:
-        stride = seq_len if arguments.stride is None else arguments.stride
-        result = _text_loss(model, tokenizer, arguments.text, stride=stride, **shape)
-    loss, tokens, size = result["loss"], result["tokens"], result["bytes"]
-    result |= {
-        "perplexity": math.exp(min(loss, 700.0)),  # finite in float64
-        "bits_per_byte": loss * tokens / math.log(2) / size if size else None,
-        "seq_len": seq_len, **measured(model, arguments.model), "dtype": arguments.dtype,
-        "measured_on": ", ".join(arguments.dataset or [arguments.text]),
-    }
-    bits = f"{result['bits_per_byte']:.4f}" if size else "not known for this tokenizer"
-    print(f"loss {loss:.4f}  perplexity {result['perplexity']:.2f}  bits per byte {bits}  tokens {tokens:,}")
+        shape["stride"] = seq_len if arguments.stride is None else arguments.stride
+        rows = [{"measured_on": file, **_text_loss(model, tokenizer, file, **shape)} for file in arguments.text]
+    outcome = rows[0]
+    if len(rows) > 1:
+        outcome = {**_mean(rows), "measured_on": ", ".join(arguments.text), "texts": rows}
+        rows = [*rows, {**outcome, "measured_on": "mean"}]
+    for row in rows:
+        bits = row["bits_per_byte"]
+        print(
+            f"{row['measured_on']}: loss {row['loss']:.4f}  perplexity {row['perplexity']:.2f}  bits per byte "
+            f"{'not known for this tokenizer' if bits is None else f'{bits:.4f}'}  tokens {row['tokens']:,}"
+        )
     if arguments.output:
-        write_results(arguments.output, result)
+        settings = {"seq_len": seq_len, **measured(model, arguments.model), "dtype": arguments.dtype}
+        write_results(arguments.output, {**outcome, **settings})
+
+
+def loss_figures(loss: float, tokens: int, size: int | None) -> dict[str, float | None]:
+    """A loss in nats per token, with its perplexity and bits per byte; `size` bytes of text, None if not known."""
+    perplexity = math.exp(min(loss, 700.0))  # finite in float64
+    bits = loss * tokens / math.log(2) / size if size else None
+    return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits}
+
+
+def stream_bytes(sizes: np.ndarray | None, stream: TokenStream, tokens: int) -> int | None:
+    """The bytes that the first `tokens` targets of a stream stand for, by `bytes_per_token`."""
+    return None if sizes is None else int(sizes[stream.read(1, tokens)].sum())
+
+
+def _mean(rows: list[dict]) -> dict:
+    """The mean of the losses of several texts and of their bits per byte; every text has the same weight."""
+    loss, bits = (sum(row[name] for row in rows) / len(rows) for name in ("loss", "bits_per_byte"))
+    tokens = sum(row["tokens"] for row in rows)
+    return {**loss_figures(loss, tokens, None), "bits_per_byte": bits, "tokens": tokens}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -139,7 +139,9 @@ def row_text(kind: str, values: dict[str, Any]) -> list[str]:
         case "val" | "val_ema":
             loss = math.nan if values["loss"] is None else values["loss"]
             of = " of the averaged weights" if kind == "val_ema" else ""
-            return [f"validation loss{of} {loss:.4f}, perplexity {math.exp(min(loss, 700.0)):,.1f}"]
+            bits = values.get("bits_per_byte")
+            per_byte = "" if bits is None else f", {bits:.4f} bits per byte"
+            return [f"validation loss{of} {loss:.4f}, perplexity {math.exp(min(loss, 700.0)):,.1f}{per_byte}"]
         case "eval":
             figures = {name: value for name, value in values.items() if name != "dataset"}
             return [", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())]

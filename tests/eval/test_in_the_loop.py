@@ -1,14 +1,19 @@
 """Training, validation, benchmarks and samples on one compiled model, and what the modules need to be imported."""
 
 import json
+import math
 import subprocess
 import sys
 
+import pytest
 import torch
+from transformers import AutoTokenizer
 
 from eval.multiple_choice import evaluate_tasks, prepare_task
 from eval.sample import sample
 from eval.validation import validation_loss
+from gpt2repro.data.shards import open_dataset
+from tests.conftest import train_rows
 
 
 def test_nothing_is_compiled_after_the_first_round_of_training_and_evaluating(fresh_model, bpe, tmp_path):
@@ -35,6 +40,14 @@ def test_nothing_is_compiled_after_the_first_round_of_training_and_evaluating(fr
         compiled_after_round.append(len(graphs))
     assert compiled_after_round == [2, 2, 2]  # one to train with, one to validate with
     assert len(set(losses)) == 3
+
+
+def test_a_run_records_bits_per_byte_beside_its_loss(unbroken_run, tiny_dataset):
+    row = train_rows(unbroken_run, "val")[max(train_rows(unbroken_run, "val"))]
+    ids = open_dataset(tiny_dataset).split("val").read(1, row["eval_tokens"])
+    text = AutoTokenizer.from_pretrained(tiny_dataset).decode(ids, skip_special_tokens=True)
+    bits = row["loss"] * row["eval_tokens"] / math.log(2)
+    assert row["bits_per_byte"] == pytest.approx(bits / len(text.encode()), rel=1e-6)
 
 
 def test_local_evaluation_imports_nothing_that_only_the_hub_pictures_or_lm_eval_need():

@@ -41,13 +41,17 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
     return tmp_path
 
 
-def test_wrapper_and_lm_eval_agree_with_our_scorer(checkpoint, own_task, tiny_model, bpe):
+@pytest.mark.parametrize("scorer", [[], ["--fast"]])
+def test_wrapper_and_lm_eval_agree_with_our_scorer(checkpoint, own_task, tiny_model, bpe, scorer):
     rows = read_rows("openbookqa", data=own_task / "rows.jsonl")
     expected = summarise(score_task(tiny_model, bpe, "openbookqa", items=rows))
     command = [sys.executable, "-m", "eval.lm_harness", "--model", checkpoint, "--tasks", "own", "--device", "cpu"]
-    done = subprocess.run([*map(str, command), "--include-path", str(own_task)], capture_output=True, text=True)
+    command += ["--include-path", own_task, *scorer]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    results = json.loads((checkpoint / "lm_eval.json").read_text())["results"]["own"]
+    written = json.loads((checkpoint / "lm_eval.json").read_text())
+    assert written["lm_eval_model"] == ("gpt2repro-fast" if scorer else "hf")
+    results = written["results"]["own"]
     assert results["acc,none"] == pytest.approx(expected["acc"])
     assert results["acc_norm,none"] == pytest.approx(expected["acc_norm"])
     assert results["acc_stderr,none"] == pytest.approx(expected["acc_stderr"])

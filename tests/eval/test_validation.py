@@ -239,3 +239,27 @@ def test_the_command_measures_a_text_file_and_names_what_is_wrong(checkpoint, tm
     failed = run_validation(*common, "--seq-len", 65)
     assert failed.returncode == 1
     assert failed.stderr.strip().endswith("error: --seq-len is 65: the model takes 1 to 64 tokens")
+
+
+def test_several_texts_have_a_row_each_and_a_mean_in_which_each_has_the_same_weight(checkpoint, tmp_path, capsys):
+    from eval import validation
+
+    texts = {tmp_path / "a.txt": "The man throws the ball.\n" * 4, tmp_path / "b.txt": "She said “no”."}
+    single = []
+    for file, text in texts.items():
+        file.write_text(text, encoding="utf-8")
+        command = ["--model", str(checkpoint), "--device", "cpu", "--output"]
+        assert validation.main([*command, str(tmp_path / "one.json"), "--text", str(file)]) == 0
+        single.append(json.loads((tmp_path / "one.json").read_text()))
+    assert validation.main([*command, str(tmp_path / "all.json"), "--texts", *map(str, texts)]) == 0
+    both = json.loads((tmp_path / "all.json").read_text())
+    assert [row["measured_on"] for row in both["texts"]] == [*map(str, texts)]
+    for name in ("loss", "bits_per_byte"):
+        assert [row[name] for row in both["texts"]] == [figures[name] for figures in single]
+        assert both[name] == pytest.approx(sum(figures[name] for figures in single) / 2)
+    assert both["perplexity"] == pytest.approx(math.exp(both["loss"]))
+    assert both["tokens"] == sum(figures["tokens"] for figures in single)
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[-4:-1]] == [*map(str, texts), "mean"]
+    (tmp_path / "b.txt").write_text("")
+    assert validation.main(["--model", str(checkpoint), "--texts", *map(str, texts)]) == 1
+    assert f"{tmp_path / 'b.txt'} has no tokens" in capsys.readouterr().err

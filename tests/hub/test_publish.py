@@ -72,6 +72,7 @@ def test_the_cards_numbers_are_those_in_the_files(train_script, tiny_dataset, tm
     val, scored = train_rows(run, "val")[4], train_rows(run, "eval")[4]
     assert values(first) == {
         ("python-docs", "loss"): val["loss"], ("python-docs", "perplexity"): val["perplexity"],
+        ("python-docs", "bits_per_byte"): val["bits_per_byte"],
         ("piqa", "acc"): scored["acc"], ("piqa", "acc_norm"): scored["acc_norm"],
     }  # fmt: skip
     # Evaluations of the finished checkpoint take the place of the run's own.
