@@ -1,12 +1,12 @@
-"""HellaSwag scoring throughput: our scorer, one item at a time, and lm-eval at its best batch size.
+"""HellaSwag scoring throughput: our scorer and one item at a time; lm_eval_throughput.py compares it with lm-eval.
 
     python -m benchmarks.eval_throughput --data hellaswag.jsonl --tokenizer gpt2 [--items 48] [--json F]
     python -m benchmarks.eval_throughput --data hellaswag.jsonl --tokenizer gpt2 --dtype bfloat16 --items 10042
 
 Weights are random at the shape of GPT-2 124M: speed does not depend on their values. Every way scores the same items,
-tokenisation included; the ways take turns in one process, and the median of the rounds counts. Each rival is compared
-with ours in its own style: `completion` with one item at a time (as build-nanogpt scores), `harness` with lm-eval.
-Set OMP_NUM_THREADS=1 on a machine with other work, or waiting threads count as processor time.
+tokenisation included; the ways take turns in one process, and the median of the rounds counts. The style is
+`completion`, and the rival scores one item at a time, as build-nanogpt does. Set OMP_NUM_THREADS=1 on a machine with
+other work, or waiting threads count as processor time.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from benchmarks.measuring import compare, finish, model_parser, print_row, time_
 from configuration_gpt2repro import NAMED_SHAPES, GPT2ReproConfig
 from gpt2repro import command
 from gpt2repro.eval.multiple_choice import score_task
-from gpt2repro.eval.tasks import Row, read_rows, render
+from gpt2repro.eval.tasks import Row, read_rows
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 Scorer = Callable[[], list[int]]  # returns the predictions (acc_norm) of all items
@@ -52,24 +52,6 @@ def one_item_at_a_time(model, tokenizer, rows: list[Row]) -> list[int]:
     return predictions
 
 
-def lm_eval_scorer(model, tokenizer, rows: list[Row], batch_size: int) -> Scorer:
-    """lm-eval's `hf` model on the requests that its own task would make of the rows."""
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
-    items = [render(row, "hellaswag", "harness") for row in rows]
-
-    def score() -> list[int]:
-        pairs = [pair for item in items for pair in zip(item.contexts, item.continuations, strict=True)]
-        requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
-        scores = torch.tensor([score for score, _ in model.loglikelihood(requests, disable_tqdm=True)])
-        lengths = torch.tensor([item.lengths for item in items])
-        return (scores.view(-1, 4) / lengths).argmax(1).tolist()
-
-    return score
-
-
 def measure(arguments: argparse.Namespace) -> dict:
     """Items a second of every way, and how many times as fast ours is."""
     torch.manual_seed(0)
@@ -81,18 +63,13 @@ def measure(arguments: argparse.Namespace) -> dict:
     rows = [file[index * len(file) // count] for index in range(count)]  # spread over the file
     own = partial(our_scorer, model, tokenizer, rows)
     ways = {
-        "ours, completion": own(style="completion"),
-        "ours, completion, context not shared": own(style="completion", share_prefix=False),
+        "ours": own(style="completion"),
+        "ours, context not shared": own(style="completion", share_prefix=False),
         "one item at a time": partial(one_item_at_a_time, model, tokenizer, rows),
-        "ours, harness": own(style="harness"),
     }
-    for size in arguments.lm_eval_batch_sizes:
-        ways[f"lm-eval, batch size {size}"] = lm_eval_scorer(model, tokenizer, rows, size)
     figures = compare(time_in_turns(ways, rounds=arguments.rounds, warmup=1), amount=count, unit="items")
-    predictions = {name: score() for name, score in ways.items()}
-    for name, expected in ("ours, completion", "one item at a time"), ("ours, harness", [*ways][-1]):
-        same = sum(a == b for a, b in zip(predictions[name], predictions[expected], strict=True))
-        print_row(f"{name} / {expected}", f"{same} of {count} predictions are the same")
+    same = sum(a == b for a, b in zip(ways["ours"](), ways["one item at a time"](), strict=True))
+    print_row("ours / one item at a time", f"{same} of {count} predictions are the same")
     return {"benchmark": "eval_throughput", **figures}
 
 
@@ -102,7 +79,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", required=True, help="folder or Hub id of GPT-2's tokenizer")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--items", type=int, default=48)
-    parser.add_argument("--lm-eval-batch-sizes", type=int, nargs="*", default=[1, 4, 16, 64], help="in choices")
     arguments = parser.parse_args(argv)
     return command.run(lambda: finish(arguments, measure(arguments)))
 

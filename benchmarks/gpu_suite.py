@@ -38,7 +38,7 @@ PARTS = {
     "--micro_batch_size 64 --global_batch_tokens 524288 --max_steps 30 --warmup_steps 10 --eval_every 15 "
     "--eval_tokens 262144 --save_every 15 --sample_every 0 --profile_steps 2",
     "hellaswag": "-m benchmarks.eval_throughput --data {hellaswag} --tokenizer {tokenizer} --items 2000 --rounds 1 "
-    "--dtype bfloat16 --lm-eval-batch-sizes",
+    "--dtype bfloat16",
     "kernels": f"{STEPS} ours-chunked ours-flash ours-cudnn ours-max-autotune",
     "eager": f"{STEPS} ours-chunked stock-eager --rounds 3",  # may not fit in memory
 }
