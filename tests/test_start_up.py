@@ -50,3 +50,9 @@ def test_a_wrong_field_of_a_recipe_answers_at_once(name, words):
     code, seconds = run([*installed(name), *words])
     assert code in (1, 2)
     assert seconds < SECONDS
+
+
+def test_ctrl_c_during_the_imports_is_one_line():
+    code = "from gpt2repro import command\ncommand.parse_early(lambda: None)\nraise KeyboardInterrupt\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.stderr == "error: interrupted; run the same command again\n"
