@@ -35,8 +35,7 @@ def model_card(checkpoint: Path, folder: Path, *, repo_id: str, **terms: str | N
     text, source = ", ".join(Path(path).name for path in dataset["dir"]), dataset.get("source") or {}
     hub_datasets = [source["dataset"]] if HUB_ID.fullmatch(str(source.get("dataset"))) else []
 
-    saved_at = (checkpoint / (RECORD if state else "config.json")).stat().st_mtime
-    figures = run_figures(rows, dataset=text) | file_figures(checkpoint, saved_at=saved_at)
+    figures = run_figures(rows, dataset=text) | file_figures(checkpoint)
     on_hub = {text: {"path": (hub_datasets or [text])[0], "split": "validation"}}
     results = list(eval_results(figures, step=state.get("step"), on_hub=on_hub))
     data = ModelCardData(

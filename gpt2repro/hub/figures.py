@@ -3,14 +3,17 @@
 import json
 import math
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
 
-METRICS = ("acc", "acc_norm", "loss", "perplexity", "bits_per_byte")
-# The fields that show that a JSON file is one of eval's: of a benchmark, of a validation.
-BENCHMARK, VALIDATION = {"model", "task", "acc", "n"}, {"model", "measured_on", "loss", "tokens"}
+from gpt2repro.files import file_sha256
+
+METRICS = ("core", "acc", "acc_norm", "loss", "perplexity", "bits_per_byte")
+# The fields that show that a JSON file is one of eval's: of a benchmark, of CORE, of a validation.
+RESULTS = ({"model", "task", "acc", "n"}, {"model", "task", "core", "n"}, {"model", "measured_on", "loss", "tokens"})
 
 Figures = dict[tuple[str, str | None], dict[str, Any]]  # by task or dataset, and style
 
@@ -26,17 +29,14 @@ def run_figures(rows: list[dict[str, Any]], *, dataset: str) -> Figures:
     return figures
 
 
-def file_figures(checkpoint: Path, *, saved_at: float) -> Figures:
-    """The figures in JSON files of eval: those in the checkpoint's folder, and those beside it that name it.
-
-    One beside it must be newer than `saved_at`: a figure of an older `latest` is not of this checkpoint.
-    """
-    beside = [file for file in checkpoint.parent.glob("*.json") if file.stat().st_mtime >= saved_at]
+def file_figures(checkpoint: Path) -> Figures:
+    """The figures of these weights in JSON files of eval, in the checkpoint's folder or beside it."""
+    files = [*sorted(checkpoint.parent.glob("*.json")), *sorted(checkpoint.glob("*.json"))]
+    of_eval = [figure for figure in map(read_json, files) if any(fields <= figure.keys() for fields in RESULTS)]
+    weights = weights_sha256(checkpoint) if of_eval else None
     figures: Figures = {}
-    for file in [*sorted(beside), *sorted(checkpoint.glob("*.json"))]:
-        figure = read_json(file)
-        of_eval = BENCHMARK <= figure.keys() or VALIDATION <= figure.keys()
-        if of_eval and (file.parent == checkpoint or Path(figure["model"]).resolve() == checkpoint):
+    for figure in of_eval:
+        if figure.get("weights_sha256") == weights:
             name = figure["task"] if "task" in figure else Path(figure["measured_on"]).name
             figures[name, figure.get("style")] = figure
     return figures
@@ -69,3 +69,11 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+
+def weights_sha256(folder: str | Path) -> str:
+    """The sha256 of a folder's weights: of the file, or of the hashes of several files in the order of their names."""
+    kinds = ("model*.safetensors", "pytorch_model*.bin")  # not the optimizer's
+    hashes = [file_sha256(file) for kind in kinds for file in sorted(Path(folder).glob(kind))]
+    return hashes[0] if len(hashes) == 1 else sha256("".join(hashes).encode()).hexdigest()

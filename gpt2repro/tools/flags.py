@@ -48,14 +48,20 @@ def report(description: str | None, argv: list[str] | None) -> Namespace:
     parser.add_argument("--output", help="write the picture to this PNG file")
     parser.add_argument("--html", help="write one page to this file")
     parser.add_argument("--compare", nargs="+", default=[], metavar="RUN", help="print a table of the runs")
+    parser.add_argument("--results", nargs="+", default=[], metavar="JSON", help="print a table of result files")
     parser.add_argument("--schedule", metavar="RECIPE", help="draw the learning rate of this recipe instead of runs")
     arguments = parser.parse_args(argv)
-    if arguments.schedule:
-        complete = arguments.output and not (arguments.runs or arguments.html or arguments.compare)
+    of_runs = arguments.runs or arguments.html or arguments.compare
+    if arguments.schedule or arguments.results:
+        alone = not of_runs and not (arguments.schedule and arguments.results)
+        complete = alone and (arguments.output or arguments.results)
     else:
         complete = arguments.compare or (arguments.runs and (arguments.output or arguments.html))
     if not complete:
-        parser.error("give runs with --output or --html, or --compare RUN RUN, or --schedule RECIPE --output PNG")
+        parser.error(
+            "give runs with --output or --html, or --compare RUN RUN, or --results JSON JSON, or --schedule RECIPE "
+            "--output PNG"
+        )
     return arguments
 
 

@@ -3,10 +3,12 @@
     python -m gpt2repro.tools.report runs/demo --output curves.png
     python -m gpt2repro.tools.report runs/adamw runs/muon --output curves.png --html report.html
     python -m gpt2repro.tools.report --compare runs/adamw runs/muon
+    python -m gpt2repro.tools.report --results gpt2.json gpt2-core.json run.json run-core.json --output board.png
     python -m gpt2repro.tools.report --schedule recipes/demo.yaml --output lr.png
 
 Reads the record and the metrics of a run, also while it trains; needs neither the model nor a GPU. The page is one
-file that loads nothing from the network. --schedule draws the learning rate of a recipe over its steps.
+file that loads nothing from the network. --results compares what eval's commands measured of any models; --schedule
+draws the learning rate of a recipe over its steps.
 """
 
 from gpt2repro import command
@@ -34,6 +36,7 @@ from matplotlib.ticker import EngFormatter
 from gpt2repro.eval.output import picture_file
 from gpt2repro.recipe import Recipe, parse_recipe
 from gpt2repro.run.folder import RunFolder
+from gpt2repro.tools.leaderboard import board_table, draw_board, read_board
 from gpt2repro.train.schedule import lr_at
 
 # Validation loss of the released GPT-2 124M on FineWeb-Edu, nats per token (build-nanogpt, play.ipynb).
@@ -63,7 +66,8 @@ class Run:
         by_task: dict[str, list[dict]] = {}
         for row in self.rows:
             if row["kind"] == "eval":
-                by_task.setdefault(f"{row['task']} {row['style']}", []).append(row)
+                name = " ".join(row[key] for key in ("task", "style") if key in row)
+                by_task.setdefault(name, []).append(row)
         return by_task
 
     def summary(self) -> dict[str, str]:
@@ -77,6 +81,8 @@ class Run:
             best = min(val, key=lambda row: row["loss"])
             figures["last val loss"] = f"{val[-1]['loss']:.4f}"
             figures["best val loss"] = f"{best['loss']:.4f} at step {best['step']:,}"
+            if (bits := val[-1].get("bits_per_byte")) is not None:
+                figures["last bits per byte"] = f"{bits:.4f}"
         return figures | {task: score_text(rows[-1]) for task, rows in self.scores().items()}
 
 
@@ -84,6 +90,7 @@ def score_text(row: dict) -> str:
     """The accuracies in percent, the perplexity where there is one, and the number of items."""
     parts = [f"{key} {100 * row[key]:.2f} %" for key in ("acc", "acc_norm") if key in row]
     parts += [f"perplexity {row['perplexity']:.2f}"] if "perplexity" in row else []
+    parts += [f"centered accuracy {row['core']:.4f}"] if "core" in row else []
     return f"{', '.join(parts)} of {row['n']:,}"
 
 
@@ -142,7 +149,7 @@ def _draw_scores(panel: Any, runs: list[Run]) -> None:
     for index, run in enumerate(runs):
         for number, (task, rows) in enumerate(run.scores().items()):
             tokens = [row["tokens"] for row in rows]
-            percent = [100 * row.get("acc_norm", row["acc"]) for row in rows]
+            percent = [100 * row[next(key for key in ("acc_norm", "acc", "core") if key in row)] for row in rows]
             look = {"color": f"C{index}", "linestyle": LINES[number % len(LINES)], "marker": "o", "markersize": 3}
             panel.plot(tokens, percent, **look, label=f"{run.name} {task}")
             styles |= {row["style"] for row in rows if row["task"] == "hellaswag"}
@@ -150,7 +157,7 @@ def _draw_scores(panel: Any, runs: list[Run]) -> None:
         _draw_baseline(panel, GPT2_HELLASWAG[style], f"GPT-2 124M, {style} style, {GPT2_HELLASWAG[style]}", "--")
     if styles:
         _draw_baseline(panel, GPT3_HELLASWAG, f"GPT-3 124M, {GPT3_HELLASWAG}", ":")
-    panel.set_ylabel("accuracy, % (acc_norm where there is one)")
+    panel.set_ylabel("accuracy, % (acc_norm where there is one; of core the centered accuracy)")
 
 
 def _draw_baseline(panel: Any, height: float, text: str, line: str) -> None:
@@ -225,6 +232,12 @@ def main(argv: list[str] | None = None) -> int:
             recipe = parse_recipe(["--recipe", arguments.schedule], default=arguments.schedule)
             recipe.check()
             draw_schedule(recipe, picture_file(arguments.output), title=Path(arguments.schedule).stem)
+            return
+        if arguments.results:
+            board = read_board(arguments.results)
+            print_table(board_table(board))
+            if arguments.output:
+                draw_board(board, picture_file(arguments.output))
             return
         runs = [read_run(folder) for folder in dict.fromkeys([*arguments.runs, *arguments.compare])]
         if arguments.output:

@@ -80,6 +80,17 @@ def test_the_picture_has_every_curve_and_the_lines_of_the_released_models(two_ru
     assert "GPT-3 124M, 33.7" in texts
 
 
+def test_core_and_bits_per_byte_of_a_run_are_in_its_curves_and_its_table(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "run", floor=3.05, dataset="text")
+    core = {"step": 4000, "kind": "eval", "tokens": 2_097_152_000, "task": "core", "core": 0.12, "n": 500}
+    val = {"step": 4000, "kind": "val", "tokens": 2_097_152_000, "loss": 3.1, "bits_per_byte": 0.98765}
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in (core, val)))
+    assert "run core" in figure_texts(monkeypatch, [folder], tmp_path / "curves.png")
+    table = dict(compare_table([read_run(folder)]))
+    assert table["core"] == "centered accuracy 0.1200 of 500" and table["last bits per byte"] == "0.9877"
+
+
 def test_the_released_loss_is_drawn_for_its_own_dataset_only(tmp_path, monkeypatch):
     run = write_run(tmp_path / "shakespeare", floor=1.5, dataset="tinyshakespeare", hellaswag=False)
     texts = figure_texts(monkeypatch, [run], tmp_path / "curves.png")
