@@ -128,6 +128,7 @@ class Start:
         with contextlib.suppress(OSError):
             os.close(self.reader)
         must(self.exit_code in codes, f"exit code {self.exit_code}, not one of {codes}:\n{printed[-2000:]}")
+        must("\nTraceback" not in f"\n{printed}", f"a traceback:\n{printed[-2000:]}")
         return printed
 
 
