@@ -30,7 +30,7 @@ def _benchmark_parser(description: str | None) -> argparse.ArgumentParser:
     styles = "how items are rendered (default: completion for hellaswag, harness for every other task)"
     parser.add_argument("--style", choices=["completion", "harness"], help=styles)
     parser.add_argument("--limit", type=int, help="score only the first N items (default: all)")
-    parser.add_argument("--batch-size", type=int, help="items a forward (default: as fills it); changes no figure")
+    parser.add_argument("--batch-size", type=int, help="rows a forward (default: as fills it); changes no figure")
     parser.add_argument("--output", help="write the figures to this JSON file and the items to .jsonl beside it")
     return parser
 
@@ -50,7 +50,7 @@ def core(description: str | None, argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--bundle", help="folder with core.yaml and eval_data/ (default: the published one)")
     parser.add_argument("--tasks", help="labels of the bundle's tasks, separated by commas (default: all)")
     parser.add_argument("--limit", type=int, help="only N rows of every task; changes their few-shot examples too")
-    parser.add_argument("--batch-size", type=int, help="items a forward (default: as fills it); changes no verdict")
+    parser.add_argument("--batch-size", type=int, help="rows a forward (default: as fills it); changes no verdict")
     parser.add_argument("--output", help="write the figures to this JSON file and the items to .jsonl beside it")
     return parser.parse_args(argv)
 

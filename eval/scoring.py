@@ -102,8 +102,8 @@ class Tree:
         self.predicted_at += self.path[len(tokens) - len(targets) :]
 
 
-def make_trees(queries: Iterable[Query], *, n_embd: int, share: bool) -> list[Tree]:
-    """The queries as rows. Without `share` no row has branches: only an input that continues another one joins it.
+def make_trees(queries: Iterable[Query], *, n_embd: int | None) -> list[Tree]:
+    """The queries as rows. Without `n_embd` no row has branches: only an input that continues another one joins it.
 
     In each layer a shared token saves 24 n_embd^2 FLOPs, and attention takes 4 n_embd for a pair of tokens, masked or
     not. So a row is best while the square of what its inputs do not share is below 6 n_embd times what they do.
@@ -112,9 +112,10 @@ def make_trees(queries: Iterable[Query], *, n_embd: int, share: bool) -> list[Tr
     last: tuple[int, ...] = ()
     for tokens, targets in sorted(queries):
         shared = len(os.path.commonprefix([last, tokens]))  # noqa: RUF071 (it takes any sequences)
-        others = len(trees[-1].tokens) + len(tokens) - 2 * shared if trees else 0
-        if not shared or not (shared == len(last) or (share and others**2 <= 6 * n_embd * shared)):
-            shared = 0
+        if 0 < shared < len(last):  # a branch
+            not_shared = len(trees[-1].tokens) + len(tokens) - 2 * shared
+            shared = shared if n_embd and not_shared**2 <= 6 * n_embd * shared else 0
+        if not shared:
             trees.append(Tree())
         trees[-1].add((tokens, targets), shared=shared)
         last = tokens
@@ -195,7 +196,7 @@ def score_items(
     share = share_prefix and model.config._attn_implementation == "sdpa" and _takes_trees(model)
     asked = {query for own in queries.values() for query in own if query[1]}
     budget = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
-    trees = make_trees(asked, n_embd=model.config.hidden_size, share=share)
+    trees = make_trees(asked, n_embd=model.config.hidden_size if share else None)
     batches, parts = list(make_batches(trees, budget=budget, batch_size=batch_size)), []
     bar = tqdm(total=len(asked), unit="choice", disable=None if progress and rank == 0 else True)
     with torch.compiler.set_stance("force_eager"), bar:

@@ -104,22 +104,22 @@ def test_a_choice_without_tokens_has_no_score_and_is_not_predicted(gpt2):
 def test_what_inputs_share_is_computed_once():
     examples, ends = list(range(60)), [[101], [102, 103], [104, 105, 106]]
     queries = [((*examples, question, *end[:-1]), tuple(end)) for question in (61, 62) for end in ends]
-    (tree,) = make_trees(queries, n_embd=768, share=True)
+    (tree,) = make_trees(queries, n_embd=768)
     assert len(tree.tokens) == 60 + 2 * (1 + 1 + 2)  # a question and what precedes the last token of each end
-    unshared = make_trees(queries, n_embd=768, share=False)
+    unshared = make_trees(queries, n_embd=None)
     assert [len(row.tokens) for row in unshared] == [62, 63, 62, 63]  # an input that begins another is inside it
 
 
 @pytest.mark.parametrize("budget", [384, 16_384])
-@pytest.mark.parametrize("share", [True, False])
-def test_a_tenth_of_a_batch_is_padding_at_most_and_no_row_is_left_out(budget, share):
+@pytest.mark.parametrize("n_embd", [768, None])
+def test_a_tenth_of_a_batch_is_padding_at_most_and_no_row_is_left_out(budget, n_embd):
     queries = {
         (tuple(tokens), tuple(targets))
         for own in ragged_items(300)
         for tokens, targets in zip(own.inputs, own.targets, strict=True)
         if targets
     }
-    trees = make_trees(queries, n_embd=768, share=share)
+    trees = make_trees(queries, n_embd=n_embd)
     batches = list(make_batches(trees, budget=budget))
     assert sorted(query for batch in batches for tree in batch for query in tree.queries) == sorted(queries)
     for batch in batches:
