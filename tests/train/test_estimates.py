@@ -177,7 +177,7 @@ def test_a_run_outside_the_band_warns_and_continues(train_script, tmp_path):
     )
     output = train_script(tmp_path / "run", script=compared)
     assert "warning: the validation loss 6." in output
-    assert "expected after 1,024 tokens" in output
+    assert "expect after 1,024 tokens" in output
     warnings = train_rows(tmp_path / "run", "warning")
     assert list(warnings) == [0, 4, 8]
     assert len(train_rows(tmp_path / "run")) == 8
