@@ -140,17 +140,22 @@ def killed_while_pushing(one: Try) -> None:
 
 
 def killed_rank(one: Try) -> None:
-    """SIGKILL to one of two processes: the other ends with an explanation, and both resume."""
+    """SIGKILL to one of two processes: the other ends with an explanation, and one process resumes."""
+    settings = {"dropout": 0.0}  # each process draws its own masks
+    one.start(**settings).end(command.DONE)
+    one.expected = one.result()
+    shutil.rmtree(one.run)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    ranks = [one.start(environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    ranks = [one.start(environment=shared | each, **settings) for each in own]
     one.random.shuffle(ranks)
     victim, other = ranks
     one.moment_in_the_loop(other)
     victim.kill()
     other.end(command.EXPLAINED)
-    one.resume()
+    one.resume(**settings)
 
 
 def stopped(one: Try) -> None:

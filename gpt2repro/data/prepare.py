@@ -232,9 +232,13 @@ class _Preparation:
             documents = self.origin.documents()
             train = (document for document in documents if encoding.split_of(document, self.val_fraction) == "train")
             texts = _sample(train, BPE_TRAINING_BYTES, skip=self.val_tokens * LONGEST_TOKEN_BYTES)
-            encoding.train_bpe(texts, int(tokenizer.removeprefix("train:"))).save_pretrained(self.out)
+            made = encoding.train_bpe(texts, int(tokenizer.removeprefix("train:")))
         else:
-            load_tokenizer(tokenizer).save_pretrained(self.out)
+            made = load_tokenizer(tokenizer)
+        try:
+            made.save_pretrained(self.out)
+        except Exception as error:  # of the tokenizers library, where the disk is full
+            raise OSError(str(error)) from error
         if not self.tokenizer_file.exists():
             raise ValueError(f"the tokenizer {tokenizer!r} has no tokenizer.json (no fast form); convert it first")
 

@@ -22,6 +22,7 @@ from gpt2repro.data.shards import Dataset, open_dataset, read_record, write_reco
 from gpt2repro.data.training_data import open_recipe_dataset
 from gpt2repro.files import file_sha256
 from gpt2repro.recipe import Recipe
+from tests.run.test_checkpoints import file_size_limit
 
 ROOT = Path(__file__).resolve().parents[2]
 Digests = Callable[[Path], dict[str, str]]
@@ -178,6 +179,18 @@ def test_a_full_disk_keeps_finished_shards_and_the_same_command_resumes(
     assert main([*large_options, "--out", str(out)]) == 0
     assert finished["train-00000.npy"] == (out / "train-00000.npy").stat().st_mtime_ns
     assert folder_digests(out) == folder_digests(uninterrupted)
+
+
+def test_a_disk_that_is_full_for_the_tokenizer_is_one_error_and_the_same_command_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("The year 1984 had 366 days.\n" * 200)
+    source = ["--source", "files", "--files", str(tmp_path / "text.txt"), "--val-tokens", "0"]
+    options = [*source, "--tokenizer", "train:300"]
+    with file_size_limit(500):
+        assert main([*options, "--out", str(tmp_path / "out")]) == 1
+    assert "File too large" in capsys.readouterr().err
+    assert main([*options, "--out", str(tmp_path / "out")]) == 0
 
 
 def test_a_killed_worker_is_an_error_that_says_how_to_resume(
