@@ -11,6 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from configuration_gpt2repro import GPT2ReproConfig
+from gpt2repro.data.shards import open_dataset
 from gpt2repro.hub import initial
 from gpt2repro.recipe import Recipe
 from gpt2repro.tools import doctor
@@ -147,7 +148,9 @@ def test_damaged_shards_fail_their_line(sound, tiny_dataset, tmp_path):
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    assert failing(Recipe(**{**sound, "dataset_dir": (str(copy),)})) == ["dataset hashes"]
+    assert not doctor.check_shards(open_dataset(copy)).passed
+    with pytest.raises(ValueError, match=r"train-00000\.npy has the sha256"):
+        failing(Recipe(**{**sound, "dataset_dir": (str(copy),)}))
 
 
 def test_targets_that_come_shifted_twice_fail_the_labels_line():
@@ -161,8 +164,8 @@ def test_targets_that_come_shifted_twice_fail_the_labels_line():
 def test_a_checkpoint_that_does_not_bring_the_optimizer_back_fails_the_rehearsal(
     sound, tiny_dataset, tmp_path, monkeypatch
 ):
-    def forgetful(path, *, model, optimizer):
-        record = load(path, model=model, optimizer=make_optimizer(model, Recipe()))
+    def forgetful(path, *, model, optimizer, accelerator):
+        record = load(path, model=model, optimizer=make_optimizer(model, Recipe()), accelerator=accelerator)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
