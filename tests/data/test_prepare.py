@@ -186,7 +186,7 @@ def test_a_disk_that_is_full_for_the_tokenizer_is_one_error_and_the_same_command
 ) -> None:
     (tmp_path / "text.txt").write_text("The year 1984 had 366 days.\n" * 200)
     source = ["--source", "files", "--files", str(tmp_path / "text.txt"), "--val-tokens", "0"]
-    options = [*source, "--tokenizer", "train:300"]
+    options = [*source, "--tokenizer", "train:270"]
     with file_size_limit(500):
         assert main([*options, "--out", str(tmp_path / "out")]) == 1
     assert "File too large" in capsys.readouterr().err
