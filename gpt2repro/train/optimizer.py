@@ -26,42 +26,41 @@ def make_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimi
 
     Every group carries `lr_ratio`, its learning rate as a multiple of `lr_at`'s.
     """
-    linear = {module.weight: name for name, module in hidden_linears(model)}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p in linear]
-    rest = [p for p in parameters if p not in linear]
-    embeddings = {"params": [p for p in rest if p.dim() >= 2], "lr_ratio": recipe.embedding_lr_ratio}
-    vectors = {"params": [p for p in rest if p.dim() < 2], "lr_ratio": recipe.vector_lr_ratio, "weight_decay": 0.0}
-    groups: list[dict[str, Any]] = [embeddings, vectors]
-    parts: list[torch.optim.Optimizer] = []
-    if recipe.optimizer == "muon":
-        ratio = 1.0 if recipe.muon_learning_rate is None else recipe.muon_learning_rate / recipe.learning_rate
-        decay = recipe.weight_decay if recipe.muon_weight_decay is None else recipe.muon_weight_decay
-        joint = [p for p in matrices if recipe.muon_split_qkv and linear[p].endswith("c_attn")]
-        single = [p for p in matrices if p not in set(joint)]
-        muon_groups = [{"params": joint, "parts": 3}, {"params": single, "parts": 1}]
-        parts.append(Muon(
-            [group | {"lr_ratio": ratio} for group in muon_groups if group["params"]], lr=recipe.learning_rate * ratio,
-            weight_decay=decay, momentum=recipe.muon_momentum, normalise=recipe.muon_normalise_rows,
-            cautious=recipe.muon_cautious_decay,
-        ))  # fmt: skip
-    else:
-        groups.insert(0, {"params": matrices, "lr_ratio": 1.0})
-    parts.append(torch.optim.AdamW(
+    matrices = hidden_matrices(model)
+    rest = [p for p in model.parameters() if p.requires_grad and p not in matrices]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.dim() >= 2], "lr_ratio": recipe.embedding_lr_ratio},
+        {"params": [p for p in rest if p.dim() < 2], "lr_ratio": recipe.vector_lr_ratio, "weight_decay": 0.0},
+    ]
+    if recipe.optimizer == "adamw":
+        groups.insert(0, {"params": [*matrices], "lr_ratio": 1.0})
+    adamw = torch.optim.AdamW(
         groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), eps=1e-8,
-        weight_decay=recipe.weight_decay, fused=all(p.device.type in FUSED_DEVICES for p in parameters),
-    ))  # fmt: skip
-    return SideBySide(*parts, ema_decay=recipe.ema_decay) if len(parts) > 1 or recipe.ema_decay else parts[0]
+        weight_decay=recipe.weight_decay, fused=model.device.type in ("cpu", "cuda", "xpu", "mps"),
+    )  # fmt: skip
+    if recipe.optimizer == "muon":
+        return SideBySide(_make_muon(matrices, recipe), adamw, ema_decay=recipe.ema_decay)
+    return SideBySide(adamw, ema_decay=recipe.ema_decay) if recipe.ema_decay else adamw
 
 
-FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
+def _make_muon(matrices: dict[torch.Tensor, str], recipe: Recipe) -> Muon:
+    ratio = 1.0 if recipe.muon_learning_rate is None else recipe.muon_learning_rate / recipe.learning_rate
+    parts: dict[int, list[torch.Tensor]] = {3: [], 1: []}  # query, key and value are three matrices in one tensor
+    for matrix, name in matrices.items():
+        parts[3 if recipe.muon_split_qkv and name.endswith("c_attn") else 1].append(matrix)
+    return Muon(
+        [{"params": params, "parts": count, "lr_ratio": ratio} for count, params in parts.items() if params],
+        lr=recipe.learning_rate * ratio, momentum=recipe.muon_momentum, normalise=recipe.muon_normalise_rows,
+        weight_decay=recipe.weight_decay if recipe.muon_weight_decay is None else recipe.muon_weight_decay,
+        cautious=recipe.muon_cautious_decay,
+    )  # fmt: skip
 
 
-def hidden_linears(model: PreTrainedModel) -> list[tuple[str, nn.Linear]]:
-    """The linear maps with trained weights, but the head: c_attn, c_fc and both c_proj of every block, by name."""
+def hidden_matrices(model: PreTrainedModel) -> dict[torch.Tensor, str]:
+    """The trained weights of all linear maps but the head, with the maps' names: c_attn, c_fc and both c_proj."""
     head = model.get_output_embeddings().weight  # tied, it is the token embedding
-    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return [(name, module) for name, module in linear if module.weight is not head and module.weight.requires_grad]
+    linear = {module.weight: name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {weight: name for weight, name in linear.items() if weight is not head and weight.requires_grad}
 
 
 class SideBySide(torch.optim.Optimizer):
