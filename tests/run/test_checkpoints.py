@@ -154,7 +154,7 @@ def test_an_optimizer_state_of_another_shape_is_refused(training, tmp_path, monk
 
     monkeypatch.setattr("gpt2repro.run.checkpoints.save_file", save_columns)
     saved = training.save(tmp_path / "run", 1)
-    with pytest.raises(ValueError, match=r"optimizer.safetensors is not of this model: .* has shape \[\d+, 1\], not"):
+    with pytest.raises(ValueError, match=r"optimizer.safetensors is not of this model: .* has shape .*1\], not \["):
         training.load(saved)
 
 
