@@ -244,7 +244,7 @@ def check_labels(model: Any, input_ids: torch.Tensor, targets: torch.Tensor) -> 
 def check_initial_loss(loss: float, config: Any, *, init_from: str | None) -> Check:
     """ln(vocab_size), plus half the variance n_embd * 0.02^2 that random logits have (log-normal mean).
 
-    Below it is a text that repeats its tokens: with the head tied to the embedding, a token makes itself more probable.
+    A text that repeats its tokens has less: with the head tied to the embedding, a token makes itself more probable.
     """
     uniform = math.log(config.vocab_size)
     low, high = (0.0, uniform) if init_from else (uniform - 0.3, uniform + config.n_embd * 0.02**2 / 2 + 0.2)
