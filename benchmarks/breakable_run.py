@@ -77,6 +77,7 @@ class Start:
             sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
             os.environ.update(environment or {})
             torch.set_num_threads(1)  # so that bits compare
+            os.environ["OMP_NUM_THREADS"] = "1"  # otherwise Accelerate sets another number where there are two processes
             code = action()
             sys.stdout.flush()
         except BaseException:
