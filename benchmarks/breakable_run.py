@@ -76,8 +76,9 @@ class Start:
                 os.dup2(writer, 2)
             sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
             os.environ.update(environment or {})
-            torch.set_num_threads(1)  # so that bits compare
-            os.environ["OMP_NUM_THREADS"] = "1"  # otherwise Accelerate sets another number where there are two processes
+            # So that bits compare; of two processes Accelerate would set another number of threads than of one.
+            torch.set_num_threads(1)
+            os.environ["OMP_NUM_THREADS"] = "1"
             code = action()
             sys.stdout.flush()
         except BaseException:
