@@ -98,7 +98,7 @@ def read_record(file: Path) -> dict:
     try:
         record = json.loads(file.read_bytes())
         version = record["format_version"]
-        intact = version == 1 or record.pop("sha256") == seal(record)
+        intact = version != FORMAT_VERSION or record.pop("sha256") == seal(record)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is broken ({type(error).__name__}: {error}); {advice}") from None
     if version not in (1, FORMAT_VERSION):

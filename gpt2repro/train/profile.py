@@ -33,7 +33,7 @@ def step_profiler(
     def finish(profiler: profile) -> None:
         profiler.export_chrome_trace(str(path))
         order = "self_device_time_total" if cuda else "self_cpu_time_total"
-        show(profiler.key_averages().table(sort_by=order, row_limit=ROWS) + f"trace of {steps} steps in {path}")
+        show(profiler.key_averages().table(sort_by=order, row_limit=ROWS) + f"trace of {steps} steps in {path.name}")
 
     profiler = profile(
         activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda,

@@ -110,7 +110,7 @@ def test_a_profiled_run_writes_a_trace_and_names_its_costliest_kernels(train_scr
     shares = [float(share) for _, share in rows]
     assert len(rows) == 10 and shares == sorted(shares, reverse=True) and 20 < sum(shares) <= 100.5
     assert any("aten::mm" in name for name, _ in rows)
-    assert f"trace of 2 steps in {tmp_path / 'run' / 'profile.json'}" in output
+    assert "trace of 2 steps in profile.json" in output
     shutil.rmtree(tmp_path / "run" / "step-00000008")  # what is left after step 6 is less than four and two steps
     resumed = train_script(tmp_path / "run", profile_steps=2)
     assert "no profile: profile_steps=2 follow 4 other steps, and 2 are left" in resumed

@@ -14,6 +14,7 @@ from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.hub.convert import from_stock
 from gpt2repro.hub.initial import recompute_activations
 from gpt2repro.recipe import Recipe
+from gpt2repro.train.devices import CHOICES
 from gpt2repro.train.launch import loss_form
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -191,10 +192,10 @@ def test_a_loss_impl_without_effect_is_refused(model, settings):
         model(inputs, shift_labels=targets, **settings)
 
 
-def test_auto_takes_the_chunked_loss_on_cuda_only():
-    for device, form in (("cuda", "chunked"), ("cpu", "plain")):
-        assert loss_form(Recipe(), torch.device(device)) == form
-        assert loss_form(Recipe(loss_impl="plain"), torch.device(device)) == "plain"
+def test_auto_takes_the_plain_loss_on_a_cpu_only():
+    assert {kind for kind, auto in CHOICES.items() if auto.loss_impl == "plain"} == {"CPU", "CPU with bf16"}
+    assert loss_form(Recipe(), torch.device("cpu")) == "plain"
+    assert loss_form(Recipe(loss_impl="chunked"), torch.device("cpu")) == "chunked"
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: CUDA itself reports the synchronisations")
