@@ -72,6 +72,14 @@ def run(work: Callable[[], int | None], *, errors_only: bool = False) -> int:
         return INTERRUPTED
 
 
+def say(text: str) -> None:
+    """A line of a run on standard output. A run outlives its terminal."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError):  # closed, or the disk of a log is full
+        discard_output()
+
+
 def discard_output() -> None:
     """Let standard output go nowhere, once nobody reads it: the interpreter's flush at the exit would fail again."""
     with contextlib.suppress(OSError, ValueError):

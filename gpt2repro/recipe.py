@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from gpt2repro.command import UsageError
+from gpt2repro.command import UsageError, say
 
 DEFAULT_RECIPE = Path(str(files("gpt2repro.recipes") / "demo.yaml"))  # recipes/ of the checkout or the wheel
 # A run is the same run as long as these hold; anything else (micro-batch, precision, cadence) may change on resume.
@@ -256,8 +256,8 @@ def read_recipe(argv: list[str] | None = None, *, announce: bool = False) -> Rec
     named = not words or any(word.split("=")[0] == "--recipe" for word in words)
     if announce and not named and not int(os.environ.get("RANK", 0)):
         steps = f"model {recipe.model}, {recipe.max_steps:,} steps of {recipe.global_batch_tokens:,} tokens"
-        print(f"no --recipe: what no flag sets is as for GPT-2 124M on 10B tokens. This run: {steps}")
-        print(f"the demo is --recipe {DEFAULT_RECIPE}")
+        say(f"no --recipe: what no flag sets is as for GPT-2 124M on 10B tokens. This run: {steps}")
+        say(f"the demo is --recipe {DEFAULT_RECIPE}")
     return recipe
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from gpt2repro.command import say
 from gpt2repro.data.loader import Batch, TrainLoader, validation_batches, validation_tokens
 from gpt2repro.data.order import WindowOrder
 from gpt2repro.data.prepare import prepare
@@ -117,7 +118,7 @@ def _is_tokenizer_of(name: str, dataset: Dataset) -> bool:
     try:
         return tokenizer_sha256(name) == dataset.tokenizer_sha256
     except ValueError as error:
-        print(f"warning: {dataset.path} is taken to be made with {name}, which cannot be compared: {error}")
+        say(f"warning: {dataset.path} is taken to be made with {name}, which cannot be compared: {error}")
         return True
 
 
@@ -139,5 +140,5 @@ def _prepare_if_missing(recipe: Recipe, *, world_size: int) -> None:
         if recipe.source in HUB or open_source(recipe.source, files=files).tokens > PREPARED_WHILE_OTHERS_WAIT:
             advice = f"{preparation_command(recipe)} --workers {os.cpu_count()}"
             raise ValueError(f"{folder} does not exist, and to prepare it takes longer than processes wait: {advice}")
-    print(f"preparing {folder} from {recipe.source}")
+    say(f"preparing {folder} from {recipe.source}")
     prepare(source=recipe.source, files=files, tokenizer=tokenizer, out=folder, val_tokens=recipe.val_tokens)

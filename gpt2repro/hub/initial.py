@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from configuration_gpt2repro import GPT2ReproConfig
+from gpt2repro.command import say
 from gpt2repro.hub.convert import config_of, load_as_gpt2repro, set_end_of_text
 from gpt2repro.recipe import Recipe
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -28,7 +29,7 @@ def take_shape(recipe: Recipe, *, world_size: int = 1) -> Recipe:
     recipe.check(world_size=world_size)
     if not int(os.environ.get("RANK", 0)):
         sizes = ", ".join(f"{name} {getattr(recipe, name)}" for name in SIZES)
-        print(f"the shape is that of {recipe.init_from}: {sizes}")
+        say(f"the shape is that of {recipe.init_from}: {sizes}")
     return recipe
 
 

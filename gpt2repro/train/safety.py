@@ -1,5 +1,6 @@
 """What keeps an unattended run safe: stops by signal, the rule for bad steps, a watchdog, readable failures."""
 
+import contextlib
 import math
 import os
 import signal
@@ -157,11 +158,10 @@ class Watchdog:
             last, same = now, same + 1 if now == last else 0
             if same * pause >= self._seconds:
                 where = [f"{code.co_filename}:{line} {code.co_name}" for code, line in now[1]]
-                print(
-                    f"error on process {self._rank}: no progress for {self._seconds / 60:g} minutes, in step "
-                    f"{self.step + 1}, at:\n  " + "\n  ".join(where[:12]) + "\nRun the same command again to resume.",
-                    file=sys.stderr, flush=True,
-                )  # fmt: skip
+                text = f"error on process {self._rank}: no progress for {self._seconds / 60:g} minutes, in step "
+                text += f"{self.step + 1}, at:\n  " + "\n  ".join(where[:12])
+                with contextlib.suppress(OSError, ValueError):  # the terminal is closed
+                    print(f"{text}\nRun the same command again to resume.", file=sys.stderr, flush=True)
                 time.sleep(min(10.0, self._seconds / 5))  # so that every process has said where it is
                 os._exit(1)
 
