@@ -54,7 +54,9 @@ def eval_results(figures: Figures, *, step: int | None, on_hub: dict[str, dict[s
         for metric in METRICS:
             value, error = figure.get(metric), figure.get(f"{metric}_stderr")
             if isinstance(value, float) and math.isfinite(value):
-                what = ", ".join(filter(None, [metric, style and f"{style} style", count])) + when
+                fewer = metric == "core" and not figure["complete"]
+                note = f"{len(figure['tasks'])} tasks: not CORE" if fewer else None
+                what = ", ".join(filter(None, [metric, style and f"{style} style", count, note])) + when
                 yield EvalResult(
                     task_type="text-generation", dataset_type=dataset["path"], dataset_name=name,
                     dataset_config=dataset.get("name"), dataset_split=dataset.get("split"), metric_type=metric,
@@ -69,7 +71,6 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
 
 
 def weights_sha256(folder: str | Path) -> str:

@@ -143,7 +143,7 @@ def row_text(kind: str, values: dict[str, Any]) -> list[str]:
             per_byte = "" if bits is None else f", {bits:.4f} bits per byte"
             return [f"validation loss{of} {loss:.4f}, perplexity {math.exp(min(loss, 700.0)):,.1f}{per_byte}"]
         case "eval":
-            figures = {name: value for name, value in values.items() if name != "dataset"}
+            figures = {name: value for name, value in values.items() if isinstance(value, (int, float, str))}
             return [", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())]
         case "sample":
             return [f"sample: {' '.join(text.split())}" for text in values["texts"]]

@@ -20,6 +20,7 @@ from eval.multiple_choice import main as score
 from eval.validation import main as validate
 from gpt2repro.hub import push
 from gpt2repro.hub.convert import convert
+from gpt2repro.hub.figures import eval_results
 from gpt2repro.hub.publish import main
 from gpt2repro.hub.push import AGAIN, BackgroundPush
 from gpt2repro.recipe import Recipe
@@ -528,3 +529,10 @@ def test_a_run_that_may_not_push_is_refused_before_it_begins(train_script, hub, 
     (line,) = refused(hub_repo_id="me/model")
     assert line.startswith("error: the Hub does not answer at http://127.0.0.1:9")
     assert hub.files == {}
+
+
+def test_a_centered_accuracy_over_fewer_tasks_is_not_called_core():
+    figure = {"task": "core", "core": 0.1, "n": 40, "tasks": {"copa": {}, "piqa": {}}}
+    for complete, name in ((False, "core, 40 items, 2 tasks: not CORE"), (True, "core, 40 items")):
+        figures = {("core", None): {**figure, "complete": complete}}
+        assert [result.metric_name for result in eval_results(figures, step=None, on_hub={})] == [name]
