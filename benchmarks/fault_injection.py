@@ -154,7 +154,9 @@ def killed_rank(one: Try) -> None:
     victim, other = ranks
     one.moment_in_the_loop(other)
     victim.kill()
-    other.end(command.EXPLAINED)
+    other.end(command.EXPLAINED, command.DONE)
+    if other.exit_code == command.DONE:  # the victim had done its part
+        raise TooLate
     one.resume(**settings)
 
 

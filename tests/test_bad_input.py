@@ -326,7 +326,7 @@ COMMANDS = [
     ("hellaswag", "--model CHECKPOINT --data prose.txt", 1, "prose.txt, line 1: no JSON"),
     ("hellaswag", "--data prose.txt", 2, "the following arguments are required: --model"),
     ("multiple_choice", "--model CHECKPOINT --task nosuch", 2, "invalid choice: 'nosuch'"),
-    ("validation", "--model CHECKPOINT", 2, "one of the arguments --dataset --text is required"),
+    ("validation", "--model CHECKPOINT", 2, "one of the arguments --dataset --text/--texts is required"),
     ("validation", "--model CHECKPOINT --text nowhere.txt", 1, "No such file or directory: 'nowhere.txt'"),
     ("validation", "--model CHECKPOINT --text prose.txt --dataset .", 2, "not allowed with argument"),
     ("validation", "--model ./nowhere --text prose.txt", 1, "there is no folder ./nowhere: give a checkpoint folder"),
