@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -48,6 +49,10 @@ TINY = {
 }  # fmt: skip
 
 
+# Tests that were started in the background or under nohup ignore signals, and so would the runs that they start.
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # so that bits compare
     "ACCELERATE_USE_CPU": "true",
