@@ -76,7 +76,10 @@ class RunFolder:
             return None
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
-            record["recipe"], record["dataset"]["fingerprint"], record["starts"]
+            for name, kind in (("recipe", dict), ("dataset", dict), ("model", dict), ("starts", list)):
+                if not isinstance(record[name], kind):
+                    raise ValueError(f"{name} is {record[name]!r}")
+            record["dataset"]["fingerprint"]
             return record
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(

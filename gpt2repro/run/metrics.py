@@ -172,6 +172,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and row.keys() >= {"step", "kind"}:
+        if isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("kind"), str):
             rows.append(row)
     return rows

@@ -95,7 +95,7 @@ def test_a_signal_during_a_validation_saves_after_the_next_step(run):
 def test_a_signal_during_a_save_saves_again_after_the_next_step(run):
     process = run.start("save")
     due = max(train_rows(run.folder))
-    assert [path.name for path in run.folder.glob(".step-*")] == [f".step-{due:08}.tmp"]
+    assert [path.name.split(".")[1] for path in run.folder.glob(".step-*")] == [f"step-{due:08}"]
     process.send_signal(signal.SIGTERM)
     run.assert_saved_and_stopped(process, due + 1)
 
