@@ -1,5 +1,6 @@
 """Preparation: the same bytes for any number of workers and kills, and nothing is lost or skipped without a count."""
 
+import contextlib
 import json
 import os
 import random
@@ -201,8 +202,9 @@ def test_a_killed_worker_is_an_error_that_says_how_to_resume(
     workers: list[psutil.Process] = []
     while not workers:
         assert process.poll() is None
-        children = psutil.Process(process.pid).children()
-        workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        with contextlib.suppress(psutil.Error):  # a child that ends while it is looked at
+            children = psutil.Process(process.pid).children()
+            workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
         time.sleep(0.005)
     workers[0].kill()
     _, printed = process.communicate(timeout=240)
