@@ -59,7 +59,7 @@ class BackgroundPush:
 
     def submit(self, checkpoint: Path) -> None:
         """Push a checkpoint that was just saved, as soon as the running push has ended."""
-        folder = self._run_dir / f".push-{checkpoint.name}"
+        folder = checkpoint.parent / f".push-{checkpoint.name}"
         shutil.rmtree(folder, ignore_errors=True)  # of a killed run: its files may be links to another checkpoint's
         try:
             gather(checkpoint, folder / "files", copy=link_or_copy)
@@ -69,8 +69,9 @@ class BackgroundPush:
             self._report(folder, error=f"{type(error).__name__}: {error}")
             return
         self._waiting = folder
-        for other in self._run_dir.glob(".push-*"):  # an older one that waited, or what a killed run left
-            if other not in (self._folder, self._waiting):
+        needed = {each.name for each in (self._folder, self._waiting) if each}
+        for other in checkpoint.parent.glob(".push-*"):  # an older one that waited, or what a killed run left
+            if other.name not in needed:
                 shutil.rmtree(other, ignore_errors=True)
         self._start_next()
 

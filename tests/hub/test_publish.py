@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -369,6 +370,23 @@ def test_a_push_that_hangs_is_ended_when_the_run_ends_or_is_stopped(run, hub, mo
         (6, f"not finished when the run ended, {AGAIN}"), (8, f"not begun when the run ended, {AGAIN}"),
     ]  # fmt: skip
     assert not list(run.glob(".push-*"))
+
+
+def test_a_push_stays_in_a_folder_that_is_moved_and_spares_the_one_that_runs(run, hub):
+    hub.files["me/model"] = {}
+    all_submitted = threading.Event()
+    hub.trouble = lambda method, path: all_submitted.wait(600) and None if method == "PUT" else None
+    pushes = BackgroundPush(RECIPE, run_dir=run)
+    held = os.open(run, os.O_RDONLY)
+    by_descriptor = Path(f"/proc/{os.getpid()}/fd/{held}")  # as a run names its open directory
+    pushes.submit(by_descriptor / "step-00000006")
+    moved = run.rename(run.with_name("moved"))
+    pushes.submit(by_descriptor / "step-00000008")
+    assert {path.name for path in moved.glob(".push-*")} == {".push-step-00000006", ".push-step-00000008"}
+    assert not run.exists()
+    pushes.wait(stopped=True)
+    all_submitted.set()
+    os.close(held)
 
 
 def test_a_push_that_cannot_even_start_is_reported_and_no_more(run, hub, monkeypatch):
