@@ -9,7 +9,6 @@ rows. Exit code 1 if a verdict differs.
 
 import argparse
 import importlib.util
-import json
 import sys
 import time
 from pathlib import Path
@@ -19,11 +18,11 @@ import torch
 
 from gpt2repro import command
 from gpt2repro.eval.core import score_rows
-from gpt2repro.eval.core_tasks import PUBLISHED_ROWS, CoreTask, read_bundle, read_rows, start_token
+from gpt2repro.eval.core_tasks import PUBLISHED_ROWS, CoreTask, read_bundle, read_rows
 from gpt2repro.eval.flags import model_parser
-from gpt2repro.eval.loading import load_from, max_positions
+from gpt2repro.eval.loading import load_from, max_positions, start_token
 
-from .measuring import machine
+from .measuring import finish
 
 GROUP = 50
 
@@ -93,6 +92,7 @@ def _measure(arguments: argparse.Namespace) -> int:
     reference, found = load_reference(arguments.reference), {}
     labels = arguments.tasks.split(",") if arguments.tasks else None
     model, tokenizer = load_from(arguments)
+    arguments.device = str(model.device)
     for task in read_bundle(arguments.bundle, labels=labels):
         row = found[task.label] = compare_task(
             reference, model, tokenizer, task, read_rows(task, limit=arguments.limit)
@@ -105,9 +105,7 @@ def _measure(arguments: argparse.Namespace) -> int:
     differ = sum(len(row["differ"]) for row in found.values())
     print(f"{sum(row['n'] for row in found.values()):,} items, {differ} verdicts differ")
     print(f"weighted by the published rows: {weighted_ratio(found):.2f} times nanochat's speed")
-    if arguments.json:
-        settings = {"model": arguments.model, "dtype": arguments.dtype, "limit": arguments.limit}
-        Path(arguments.json).write_text(json.dumps({**machine(), **settings, "tasks": found}, indent=1) + "\n")
+    finish(arguments, {"tasks": found})
     return command.EXPLAINED if differ else command.DONE
 
 

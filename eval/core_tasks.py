@@ -26,7 +26,8 @@ from filelock import FileLock
 from huggingface_hub import constants
 from tqdm import tqdm
 
-from .scoring import Sequences
+from .loading import start_token
+from .scoring import Sequences, common_length
 
 BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # where nanochat downloads it from
 # Rows of each task in the published bundle. A figure over fewer rows or tasks is not CORE.
@@ -188,18 +189,6 @@ def _example(task: CoreTask, row: dict[str, Any]) -> str:
     return row["context"].strip() + task.delimiter + row["continuation"]
 
 
-def start_token(tokenizer) -> int:
-    """The token before every text: the beginning of a sequence, or where there is none the end of one.
-
-    Raises:
-        ValueError: a tokenizer with neither.
-    """
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if start is None:
-        raise ValueError("the tokenizer has neither a bos nor an eos token to begin a text with: give another one")
-    return start
-
-
 def encode(
     task: CoreTask, rows: list[dict[str, Any]], indices: Iterable[int], tokenizer, *, max_length: int
 ) -> list[Sequences | None]:
@@ -241,8 +230,3 @@ def _sequences(task: CoreTask, tokens: list[list[int]], *, label: int, max_lengt
     targets = [text[start:] for text, start in zip(tokens, starts, strict=True)]
     inputs = [text[cut:-1] for text, cut in zip(tokens, cuts, strict=True)]
     return Sequences(inputs, targets, [float(len(target)) for target in targets], label, truncated=any(cuts))
-
-
-def common_length(sequences: list[list[int]]) -> int:
-    """How many tokens all sequences begin with."""
-    return len(os.path.commonprefix(sequences))  # noqa: RUF071 (it takes any sequences)

@@ -104,6 +104,18 @@ def max_positions(model) -> int:
     return model.config.max_position_embeddings
 
 
+def start_token(tokenizer) -> int:
+    """The token before every text: the beginning of a sequence, or where there is none the end of one.
+
+    Raises:
+        ValueError: a tokenizer with neither.
+    """
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if start is None:
+        raise ValueError("the tokenizer has neither a bos nor an eos token to begin a text with: give another one")
+    return start
+
+
 def load_from(arguments: argparse.Namespace):
     """`load_model` with what `flags.model_parser` parsed."""
     options = ("tokenizer", "dtype", "device", "trust_remote_code")

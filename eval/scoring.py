@@ -111,7 +111,7 @@ def make_trees(queries: Iterable[Query], *, n_embd: int | None) -> list[Tree]:
     trees: list[Tree] = []
     last: tuple[int, ...] = ()
     for tokens, targets in sorted(queries):
-        shared = len(os.path.commonprefix([last, tokens]))  # noqa: RUF071 (it takes any sequences)
+        shared = common_length([last, tokens])
         if 0 < shared < len(last):  # a branch
             not_shared = len(trees[-1].tokens) + len(tokens) - 2 * shared
             shared = shared if n_embd and not_shared**2 <= 6 * n_embd * shared else 0
@@ -136,6 +136,11 @@ def make_batches(trees: list[Tree], *, budget: int, batch_size: int | None = Non
         batch.append(tree)
     if batch:
         yield batch
+
+
+def common_length(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens all sequences begin with."""
+    return len(os.path.commonprefix(sequences))  # noqa: RUF071 (it takes any sequences)
 
 
 def _tree_mask(ends: torch.Tensor) -> torch.Tensor:

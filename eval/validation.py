@@ -29,7 +29,7 @@ from gpt2repro.data.encoding import HARD_TEXT
 from gpt2repro.data.loader import Batch, validation_batches
 from gpt2repro.data.shards import Dataset, TokenStream, check_contents, open_dataset, tokenizer_sha256
 
-from .loading import load_from, max_positions
+from .loading import load_from, max_positions, start_token
 from .output import check_output, measured, write_results
 
 
@@ -153,11 +153,8 @@ def _text_loss(model, tokenizer, file: str, *, seq_len: int, batch_size: int, st
         raise ValueError(f"{file} is not UTF-8 ({error}): convert it") from None
     if not ids:
         raise ValueError(f"{file} has no tokens: give a text that is not empty")
-    start_id = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if start_id is None:
-        raise ValueError("the tokenizer has neither a bos nor an eos token to start a text with: give another one")
-    shape = {"seq_len": seq_len, "stride": stride, "batch_size": batch_size}
-    loss, tokens = validation_loss(model, text_windows(ids, start_id=start_id, device=model.device, **shape))
+    shape = {"seq_len": seq_len, "stride": stride, "batch_size": batch_size, "start_id": start_token(tokenizer)}
+    loss, tokens = validation_loss(model, text_windows(ids, device=model.device, **shape))
     size = len(content)
     return {**loss_figures(loss, tokens, size), "tokens": tokens, "bytes": size, "stride": stride}
 
