@@ -105,7 +105,7 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
 
     def take_folder() -> None:
         nonlocal log, pushes
-        pushes = BackgroundPush(recipe, run_dir=folder.root) if recipe.hub_repo_id else None
+        pushes = BackgroundPush(recipe, run_dir=folder.path) if recipe.hub_repo_id else None
         folder.claim(recipe, **facts, world_size=world_size)
         folder.resume_from(checkpoint, step=start_step)
         log = folder.open_metrics(recipe, step=start_step)
@@ -227,16 +227,16 @@ def model_facts(model: PreTrainedModel) -> dict[str, int]:
 
 def description(recipe: Recipe, accelerator: Accelerator, raw, data, *, compiled: bool, loss_impl: str) -> str:
     """What is about to be trained, on what, and what it needs."""
-    processes, precision, loader = accelerator.num_processes, accelerator.mixed_precision, data.loader
+    world_size, precision, loader = accelerator.num_processes, accelerator.mixed_precision, data.loader
     return (
-        f"{raw.num_parameters():,} parameters, {loader.stream.tokens:,} training tokens; {processes} x "
+        f"{raw.num_parameters():,} parameters, {loader.stream.tokens:,} training tokens; {world_size} x "
         f"{accelerator.device.type}, {precision} mixed precision, {'compiled' if compiled else 'eager'}\n"
-        f"{recipe.global_batch_tokens:,} tokens a step = {processes} processes x {loader.accumulation} micro-steps x "
+        f"{recipe.global_batch_tokens:,} tokens a step = {world_size} processes x {loader.accumulation} micro-steps x "
         f"{recipe.micro_batch_size} sequences x {recipe.seq_len} tokens\n"
         + memory_report(
-            recipe, raw.config, accelerator.device, processes=processes, n_parameters=raw.num_parameters(),
+            recipe, raw.config, accelerator.device, processes=world_size, n_parameters=raw.num_parameters(),
             bf16=precision != "no", chunked_loss=loss_impl == "chunked",
-            shards=processes if accelerator.is_fsdp2 else 1,
+            shards=world_size if accelerator.is_fsdp2 else 1,
         )
     )  # fmt: skip
 

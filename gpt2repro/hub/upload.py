@@ -15,8 +15,8 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import http_backoff
 
-# Files that an older upload may have and this one not: `from_pretrained` might load them.
 TRIES = 5
+# Files that an older upload may have and this one not: `from_pretrained` might load them.
 REPLACED = ["*.safetensors", "*.safetensors.index.json", "*_gpt2repro.py", "curves.png"]
 
 
