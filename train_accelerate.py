@@ -9,7 +9,8 @@ the link `latest`, which AutoModelForCausalLM loads. Exit codes: gpt2repro/comma
 """
 
 from gpt2repro import command
-from gpt2repro.recipe import Recipe, read_recipe
+from gpt2repro.recipe import Recipe
+from gpt2repro.recipe_parser import read_recipe
 
 if command.starting(__name__):
     command.parse_early(read_recipe)

@@ -31,7 +31,7 @@ from pathlib import Path
 
 from gpt2repro.data.shards import open_dataset
 from gpt2repro.hub.initial import initial_model
-from gpt2repro.recipe import parse_recipe
+from gpt2repro.recipe_parser import parse_recipe
 
 out = Path(sys.argv[1])
 recipe, dataset = parse_recipe(["--recipe", "recipes/corpus-small.yaml"], default=""), open_dataset(out / "corpus")

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpt2repro.recipe import DEFAULT_RECIPE, parse_recipe
+from gpt2repro.recipe_parser import DEFAULT_RECIPE, parse_recipe
 from tests.conftest import ENVIRONMENT, ROOT
 
 PAGES = sorted((ROOT / "docs" / "lecture").glob("*.md"))

@@ -3,7 +3,8 @@
 import pytest
 
 from gpt2repro.command import UsageError
-from gpt2repro.recipe import Recipe, parse_recipe, read_recipe, write_recipe
+from gpt2repro.recipe import Recipe
+from gpt2repro.recipe_parser import parse_recipe, read_recipe, write_recipe
 from tests.conftest import ROOT
 
 # A field, its text in YAML and as a flag, and its value.

@@ -15,7 +15,8 @@ import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro.recipe import DEFAULT_RECIPE, Recipe, parse_recipe
+from gpt2repro.recipe import Recipe
+from gpt2repro.recipe_parser import DEFAULT_RECIPE, parse_recipe
 from gpt2repro.tools.doctor import check_learning_rate, check_warmup
 from gpt2repro.train.estimates import PEAK_FLOPS, flops_per_token
 from modeling_gpt2repro import GPT2ReproForCausalLM

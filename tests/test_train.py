@@ -58,7 +58,7 @@ def test_a_log_gets_lines_and_no_bar(unbroken_run):
 
 
 def test_the_saved_recipe_runs_the_same_again(unbroken_run, train_script, tmp_path):
-    from gpt2repro.recipe import DEFAULT_RECIPE, parse_recipe
+    from gpt2repro.recipe_parser import DEFAULT_RECIPE, parse_recipe
 
     saved = parse_recipe(["--recipe", str(unbroken_run / "recipe.yaml")], default=DEFAULT_RECIPE)
     assert saved == parse_recipe(train_script.flags(unbroken_run), default=DEFAULT_RECIPE)
@@ -165,7 +165,7 @@ def test_two_processes_asked_for_and_one_started_is_an_error(train_script, tmp_p
 
 
 def test_without_arguments_the_demo_runs():
-    from gpt2repro.recipe import DEFAULT_RECIPE, parse_recipe
+    from gpt2repro.recipe_parser import DEFAULT_RECIPE, parse_recipe
 
     assert parse_recipe([], default=DEFAULT_RECIPE).output_dir == "runs/demo"
     assert DEFAULT_RECIPE == ROOT / "recipes" / "demo.yaml"

@@ -28,7 +28,8 @@ from uuid import uuid4
 import torch
 
 from gpt2repro.files import linked, take_lock, write_whole
-from gpt2repro.recipe import DEFINING_FIELDS, Recipe, write_recipe
+from gpt2repro.recipe import DEFINING_FIELDS, Recipe
+from gpt2repro.recipe_parser import write_recipe
 from gpt2repro.run import checkpoints
 from gpt2repro.run.metrics import MetricsLog, read_metrics
 

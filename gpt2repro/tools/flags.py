@@ -6,7 +6,8 @@ Each function takes the command's description and its words (None: those of the 
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 
 from gpt2repro.data.shards import FORMATS
-from gpt2repro.recipe import Recipe, parse_recipe
+from gpt2repro.recipe import Recipe
+from gpt2repro.recipe_parser import parse_recipe
 
 
 def _parser(description: str | None) -> ArgumentParser:

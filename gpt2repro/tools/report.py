@@ -34,7 +34,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from gpt2repro.eval.output import picture_file
-from gpt2repro.recipe import Recipe, parse_recipe
+from gpt2repro.recipe import Recipe
+from gpt2repro.recipe_parser import parse_recipe
 from gpt2repro.run.folder import RunFolder
 from gpt2repro.tools.leaderboard import board_table, draw_board, read_board
 from gpt2repro.train.schedule import lr_at

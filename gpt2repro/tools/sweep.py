@@ -33,7 +33,8 @@ from matplotlib.figure import Figure
 
 from gpt2repro.data.training_data import open_recipe_dataset
 from gpt2repro.files import write_whole
-from gpt2repro.recipe import DEFINING_FIELDS, Recipe, parse_recipe, write_recipe
+from gpt2repro.recipe import DEFINING_FIELDS, Recipe
+from gpt2repro.recipe_parser import parse_recipe, write_recipe
 from gpt2repro.run.checkpoints import verify_checkpoint
 from gpt2repro.run.folder import RunFolder
 

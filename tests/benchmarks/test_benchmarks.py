@@ -12,7 +12,7 @@ import pytest
 from benchmarks.gpu_suite import PARTS, TINY, run_part
 from benchmarks.ladder import RUNGS
 from benchmarks.train_throughput import VARIANTS
-from gpt2repro.recipe import parse_recipe
+from gpt2repro.recipe_parser import parse_recipe
 from tests.conftest import ROOT, train_rows
 
 TINY_FLAGS = ["--device", "cpu", "--model-shape", "demo", "--batch-size", "2", "--seq-len", "32", "--rounds", "3"]

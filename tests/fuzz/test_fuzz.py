@@ -28,7 +28,8 @@ from eval.tasks import TASKS, read_rows, render
 from gpt2repro.command import UsageError
 from gpt2repro.data.shards import open_dataset
 from gpt2repro.data.sources import open_source
-from gpt2repro.recipe import Recipe, parse_recipe, write_recipe
+from gpt2repro.recipe import Recipe
+from gpt2repro.recipe_parser import parse_recipe, write_recipe
 from gpt2repro.run.checkpoints import verify_checkpoint
 from gpt2repro.run.folder import RunFolder
 from gpt2repro.run.metrics import read_metrics
