@@ -29,15 +29,14 @@ def test_binaries_that_are_cut_off_are_removed_from_the_cache_and_whole_or_new_o
     assert {path.name for path in tmp_path.iterdir()} == {f"{len(binary)}.so", "new.so"}
 
 
-@pytest.mark.parametrize("share", [0.0, 0.6])
-def test_a_run_starts_in_spite_of_files_in_the_compilers_cache_that_are_cut_off(train_script, tmp_path, share):
+def test_a_run_starts_in_spite_of_files_in_the_compilers_cache_that_are_cut_off(train_script, tmp_path):
     cache = tmp_path / "cache"
     settings = {"compile": "true", "max_steps": 3, "eval_every": 0, "env": {"TORCHINDUCTOR_CACHE_DIR": str(cache)}}
     train_script(tmp_path / "before", **settings)
     binaries = list(cache.rglob("*.so"))
-    assert binaries
-    for file in binaries:
-        os.truncate(file, int(share * file.stat().st_size))
+    assert len(binaries) > 1
+    for number, file in enumerate(binaries):  # a kill leaves them empty, or without their end
+        os.truncate(file, int(0.6 * file.stat().st_size) if number % 2 else 0)
         os.utime(file, (time.time() - 60,) * 2)
     train_script(tmp_path / "after", **settings)
     before, after = train_rows(tmp_path / "before"), train_rows(tmp_path / "after")
