@@ -207,9 +207,9 @@ def micro_steps(
 ) -> torch.Tensor:
     """Leave the mean gradient of `count` micro-batches in the model; returns their mean loss, on the device."""
     loss_sum = torch.zeros((), device=accelerator.device)
-    for micro_step, (input_ids, targets) in enumerate(micro_batches, start=1):
+    for micro_step, batch in enumerate(micro_batches, start=1):
         with contextlib.nullcontext() if micro_step == count else accelerator.no_sync(model):
-            loss = model(input_ids, shift_labels=targets, use_cache=False, skip_logits=True, loss_impl=loss_impl).loss
+            loss = model(**batch, use_cache=False, skip_logits=True, loss_impl=loss_impl).loss
             accelerator.backward(loss / count)
         loss_sum += loss.detach() / count
     return loss_sum

@@ -110,7 +110,7 @@ def loading(folder: Path) -> Iterator[tuple[str, dict]]:
         for seconds in 2, 5:  # the first 2 seconds fill the page cache
             tokens, began = 0, time.perf_counter()
             while (elapsed := time.perf_counter() - began) < seconds:
-                tokens += next(batches)[0].numel()
+                tokens += next(batches)["input_ids"].numel()
         yield name, {"tokens_per_s": tokens / elapsed, "first_batch_ms": max(first_batch_ms)}
 
 

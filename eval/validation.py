@@ -40,10 +40,10 @@ def validation_loss(
 ) -> tuple[float, int]:
     """Mean loss in nats per token over `batches`, and the number of tokens that it is the mean of.
 
-    `batches` yields (input_ids, targets), both (B, T) int64 on the model's device; targets are the next tokens, -100
-    where none is counted. Every token has the same weight, whatever batch it came in. `reduce` sums a tensor over the
-    processes of a run, `loss_impl` is the model's. Batches of one shape let a compiled model run as it is: one more
-    graph, however many rounds.
+    `batches` yields `input_ids` and `shift_labels`, both (B, T) int64 on the model's device; labels are the next
+    tokens, -100 where none is counted. Every token has the same weight, whatever batch it came in. `reduce` sums a
+    tensor over the processes of a run, `loss_impl` is the model's. Batches of one shape let a compiled model run as it
+    is: one more graph, however many rounds.
 
     Raises:
         ValueError: no token to count.
@@ -51,9 +51,9 @@ def validation_loss(
     # Left on the device: reading one would stop the queue of kernels at every batch. A process without a share has
     # zeros to give, because the others wait for it in `reduce`.
     sums = [torch.zeros(2, device=model.device)]
-    for input_ids, targets in batches:
-        loss = _summed_loss(model, input_ids, targets, loss_impl)
-        sums.append(torch.stack([loss.float(), (targets != -100).sum().float()]))
+    for batch in batches:
+        loss = _summed_loss(model, batch, loss_impl)
+        sums.append(torch.stack([loss.float(), (batch["shift_labels"] != -100).sum().float()]))
     table = torch.stack(sums)  # (batches + 1, 2)
     totals = (table if reduce else table.cpu()).double().sum(0)
     loss_sum, tokens = (reduce(totals) if reduce else totals).tolist()
@@ -62,14 +62,14 @@ def validation_loss(
     return loss_sum / tokens, int(tokens)
 
 
-def _summed_loss(model, input_ids: torch.Tensor, targets: torch.Tensor, loss_impl: str) -> torch.Tensor:
+def _summed_loss(model, batch: Batch, loss_impl: str) -> torch.Tensor:
     """The sum of the cross-entropies of a batch, in nats."""
     if model.config.model_type == "gpt2repro":  # as in training: what fits there fits here
         options = {"num_items_in_batch": 1, "use_cache": False, "skip_logits": True, "loss_impl": loss_impl}
-        return model(input_ids, shift_labels=targets, **options).loss
-    logits = model(input_ids, use_cache=False).logits  # (B, T, V)
+        return model(**batch, **options).loss
+    logits = model(batch["input_ids"], use_cache=False).logits  # (B, T, V)
     # Row by row: the float32 copy of all logits at once would be the largest tensor of the whole evaluation.
-    rows = zip(logits, targets, strict=True)
+    rows = zip(logits, batch["shift_labels"], strict=True)
     return sum(F.cross_entropy(row.float(), target, ignore_index=-100, reduction="sum") for row, target in rows)
 
 
@@ -98,7 +98,8 @@ def text_windows(
         counted = ((starts == 0) | (columns >= seq_len - stride)) & (places < len(ids))
         targets = np.where(counted, stream.take(places + 1, mode="clip"), -100)
         input_ids = stream.take(places, mode="clip")
-        yield torch.from_numpy(input_ids).to(device), torch.from_numpy(targets).to(device)
+        arrays = {"input_ids": input_ids, "shift_labels": targets}
+        yield {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
 def bytes_per_token(tokenizer) -> np.ndarray | None:

@@ -3,7 +3,7 @@
     loader = TrainLoader(stream, order, sequences_per_step=512, micro_batch_size=16, rank=0, world_size=8,
                          vocab_size=50257)
     batches = loader.batches(first_step=1000)       # a resumed run passes its step, nothing else
-    input_ids, targets = next(batches)              # targets are the next tokens, already shifted
+    model(**next(batches))                          # input_ids, and as shift_labels the next tokens
 
 The global batch of a step is the same windows in the same order for every world size and micro-batch. A thread and not
 worker processes: reading is far faster than training, and processes outlive a killed run.
@@ -24,7 +24,7 @@ from gpt2repro.data.shards import TokenStream
 PREFETCH = 4  # micro-batches: one hides the reading, the others hide a slow disk
 IGNORED = -100  # the target that cross_entropy skips
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+Batch = dict[str, torch.Tensor]  # what the model takes, by the names of its arguments
 
 
 @dataclass
@@ -54,7 +54,7 @@ class TrainLoader:
         return self.order.starts(step * self.sequences_per_step, self.sequences_per_step)
 
     def batches(self, first_step: int) -> Generator[Batch, None, None]:
-        """(input_ids, targets) from `first_step` on, without an end. Closing the generator ends its thread."""
+        """The batches from `first_step` on, without an end. Closing the generator ends its thread."""
         read = self._micro_batches(first_step)  # only the thread advances it
         with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
             ready: deque[Future[torch.Tensor]] = deque(thread.submit(next, read) for _ in range(PREFETCH))
@@ -124,4 +124,4 @@ def _windows(stream: TokenStream, starts: np.ndarray, seq_len: int, vocab_size: 
 
 def _to_device(batch: torch.Tensor, device: str | torch.device) -> Batch:
     input_ids, targets = batch.to(device, non_blocking=batch.is_pinned()).unbind(0)
-    return input_ids, targets
+    return {"input_ids": input_ids, "shift_labels": targets}

@@ -110,12 +110,12 @@ def examine(
         accelerator.scaler = torch.amp.GradScaler(device.type, init_scale=scale)
     model = accelerator.prepare(raw)  # the run's precision
     batch = data.loader.first_batch(0)
-    few = batch[0][:4], batch[1][:4]
+    few = {name: part[:4] for name, part in batch.items()}
 
     def backward(micro_batches: list, loss_impl: str = loss_impl) -> torch.Tensor:
         return micro_steps(accelerator, model, micro_batches, len(micro_batches), loss_impl)
 
-    yield check_labels(model, *few)
+    yield check_labels(model, few["input_ids"], few["shift_labels"])
     yield check_initial_loss(backward([few]).item(), raw.config, init_from=recipe.init_from)
     norm = clip_grad_norm_(model.parameters(), math.inf).item() / scale
     yield Check("gradient norm", 0.05 <= norm <= 100, f"{norm:.3f}", "0.05 to 100")
@@ -137,7 +137,7 @@ def examine(
     # ---- a few updates, and a checkpoint of them -----------------------------------------------------------
     tuned = replace(recipe, learning_rate=known_rate(n_parameters), muon_learning_rate=None)
     optimizer = make_optimizer(model, tuned)
-    small = tuple(part[:4, :32].contiguous() for part in batch)
+    small = {name: part[:, :32].contiguous() for name, part in few.items()}
 
     def backward_small() -> torch.Tensor:
         loss = backward([small])
@@ -283,14 +283,15 @@ def check_rehearsal(recipe: Recipe, model: Any, optimizer: Any, *, folder: Path,
 # ---- speed -------------------------------------------------------------------------------------------------
 
 
-def tokens_per_second(backward: Callable[[list], torch.Tensor], batch: tuple[torch.Tensor, torch.Tensor]) -> float:
+def tokens_per_second(backward: Callable[[list], torch.Tensor], batch: dict[str, torch.Tensor]) -> float:
     """Throughput of forward and backward over whole micro-batches, after a few that are not timed."""
-    warm, timed = (3, 10) if batch[0].is_cuda else (1, 2)
+    input_ids = batch["input_ids"]
+    warm, timed = (3, 10) if input_ids.is_cuda else (1, 2)
     for step in range(warm + timed):
         if step == warm:
             began = time.perf_counter()
         backward([batch]).item()  # waits for the device, as the loop does once a step
-    return timed * batch[0].numel() / (time.perf_counter() - began)
+    return timed * input_ids.numel() / (time.perf_counter() - began)
 
 
 def check_speed(recipe: Recipe, speed: float, *, processes: int, mfu: float | None, dollars: float | None) -> Check:

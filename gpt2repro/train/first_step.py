@@ -19,7 +19,7 @@ from gpt2repro.processes import gathered, whole
 # bf16 is within 1e-4, 1e-4 and 1e-3 (124M and 350M on a CPU); a trained model has smaller gradients and more noise.
 TOLERANCES = {"no": (1e-3, 1e-3, 0.02), "bf16": (0.02, 0.03, 0.1), "fp16": (0.02, 0.03, 0.1)}
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+Batch = dict[str, torch.Tensor]
 Gradients = dict[str, torch.Tensor]
 Backward = Callable[[list[Batch], str], torch.Tensor]
 
@@ -30,8 +30,8 @@ def check_first_step(
     """Compare the run's gradients of one micro-batch with the reference; returns one line that says how they agree.
 
     raw: the network, without the wrapper of several processes. backward: what the loop does with its micro-batches and
-    a form of the loss: it leaves their mean gradient in `raw` and returns their mean loss. batch: this process's
-    (input_ids, targets), (B, T) each. Every process calls it. No weight changes, and no gradient stays. A model with
+    a form of the loss: it leaves their mean gradient in `raw` and returns their mean loss. batch: what the model takes
+    on this process, (B, T) each. Every process calls it. No weight changes, and no gradient stays. A model with
     dropout is compared in evaluation mode.
 
     Raises:
@@ -108,11 +108,13 @@ def _reference(accelerator: Accelerator, raw: PreTrainedModel, batch: Batch) -> 
     forward = type(model).forward  # of the class: not compiled, and without the autocast of `accelerator.prepare`
 
     def backward() -> torch.Tensor:
-        total = torch.zeros((), device=batch[0].device)
-        for input_ids, targets in zip(*batch, strict=True):
-            loss = forward(model, input_ids[None], shift_labels=targets[None], use_cache=False, skip_logits=True).loss
-            (loss / len(batch[0])).backward()
-            total += loss.detach() / len(batch[0])
+        B = len(batch["input_ids"])
+        total = torch.zeros((), device=model.device)
+        for row in range(B):
+            sequence = {name: part[row : row + 1] for name, part in batch.items()}
+            loss = forward(model, **sequence, use_cache=False, skip_logits=True).loss
+            (loss / B).backward()
+            total += loss.detach() / B
         return total
 
     attention = model.config._attn_implementation

@@ -37,7 +37,7 @@ def global_batch(stream: TokenStream, step: int, *, micro_batch_size: int, world
         loader(stream, micro_batch_size=micro_batch_size, rank=r, world_size=world_size) for r in range(world_size)
     ]
     iterators = [rank.batches(step) for rank in ranks]
-    parts = [next(iterator)[0] for _ in range(ranks[0].accumulation) for iterator in iterators]
+    parts = [next(iterator)["input_ids"] for _ in range(ranks[0].accumulation) for iterator in iterators]
     for iterator in iterators:
         iterator.close()
     return torch.cat(parts)
@@ -56,7 +56,7 @@ def test_the_global_batch_is_the_same_for_every_world_size_and_micro_batch(strea
 def test_targets_are_the_next_tokens(stream: TokenStream) -> None:
     batches = loader(stream).batches(0)
     starts = loader(stream).window_starts(0)[:4]
-    input_ids, targets = next(batches)
+    input_ids, targets = next(batches).values()
     assert input_ids.dtype == targets.dtype == torch.int64 and input_ids.shape == (4, T)
     assert input_ids.is_contiguous() and targets.is_contiguous()
     assert np.array_equal(targets.numpy(), IDS[(starts[:, None] + 1 + np.arange(T)) % len(IDS)])
@@ -65,9 +65,7 @@ def test_targets_are_the_next_tokens(stream: TokenStream) -> None:
 def test_starting_at_a_step_gives_the_batches_of_an_uninterrupted_run(stream: TokenStream) -> None:
     from_start = list(islice(loader(stream).batches(0), 6 * 12))
     resumed = list(islice(loader(stream).batches(7), 6 * 5))
-    assert all(
-        torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(from_start[42:], resumed, strict=True)
-    )
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(from_start[42:], resumed, strict=True) for name in a)
 
 
 def test_an_epoch_of_batches_holds_every_window_once(stream: TokenStream) -> None:
@@ -125,7 +123,7 @@ stream = dataset.split("train")
 loader = TrainLoader(stream, WindowOrder(stream.tokens, 8, seed=0), sequences_per_step=4, micro_batch_size=4,
                      vocab_size=dataset.vocab_size)
 batches = loader.batches(0)
-print(next(batches)[0].shape)
+print(next(batches)["input_ids"].shape)
 raise SystemExit(7)
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
@@ -150,7 +148,7 @@ def validation_windows(stream: TokenStream, max_tokens: int, micro_batch_size: i
     ranks = [list(validation_batches(stream, rank=r, world_size=world_size, **options)) for r in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1, "a rank with fewer batches would hang the others"
     windows = []
-    for input_ids, targets in (batch for batches in ranks for batch in batches):
+    for input_ids, targets in (batch.values() for batches in ranks for batch in batches):
         assert input_ids.shape == targets.shape == (micro_batch_size, T)
         real = (targets != -100).all(dim=1)
         assert (targets[~real] == -100).all()

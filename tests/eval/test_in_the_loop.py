@@ -34,7 +34,7 @@ def test_nothing_is_compiled_after_the_first_round_of_training_and_evaluating(fr
         optimizer.step()
         optimizer.zero_grad()
         fresh_model.eval()
-        losses.append(validation_loss(fresh_model, [(inputs, targets)] * 2)[0])
+        losses.append(validation_loss(fresh_model, [{"input_ids": inputs, "shift_labels": targets}] * 2)[0])
         evaluate_tasks(fresh_model, tasks)
         sample(fresh_model, bpe, "The man", num_samples=1, max_new_tokens=3)
         compiled_after_round.append(len(graphs))

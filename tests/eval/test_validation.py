@@ -42,25 +42,29 @@ def test_sliding_windows_give_the_loss_computed_one_token_at_a_time(which, strid
 def test_every_window_has_one_shape_and_every_token_is_counted_once():
     for length in (1, 15, 16, 17, 100):
         batches = list(text_windows(list(range(1, length + 1)), start_id=0, seq_len=16, stride=6, batch_size=4))
-        assert {tuple(inputs.shape) for inputs, _ in batches} == {(4, 16)}
-        counted = torch.cat([targets[targets != -100] for _, targets in batches])
+        assert {tuple(part.shape) for batch in batches for part in batch.values()} == {(4, 16)}
+        counted = torch.cat([batch["shift_labels"][batch["shift_labels"] != -100] for batch in batches])
         assert sorted(counted.tolist()) == list(range(1, length + 1))
+
+
+def random_batch(generator: torch.Generator, B: int) -> dict[str, torch.Tensor]:
+    return {name: torch.randint(0, 300, (B, 8), generator=generator) for name in ("input_ids", "shift_labels")}
 
 
 def test_the_mean_weighs_tokens_and_not_batches(tiny_model):
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randint(0, 300, (4, 8), generator=generator)
-    targets = torch.randint(0, 300, (4, 8), generator=generator)
-    targets[2:, 1:] = -100
-    whole, tokens = validation_loss(tiny_model, [(inputs, targets)])
-    parts, _ = validation_loss(tiny_model, [(inputs[:2], targets[:2]), (inputs[2:], targets[2:])])
+    batch = random_batch(generator, 4)
+    batch["shift_labels"][2:, 1:] = -100
+    whole, tokens = validation_loss(tiny_model, [batch])
+    halves = [{name: part[half] for name, part in batch.items()} for half in (slice(2), slice(2, 4))]
+    parts, _ = validation_loss(tiny_model, halves)
     assert tokens == 18
     assert parts == pytest.approx(whole, abs=1e-6)
 
 
 def test_shares_of_two_processes_sum_to_the_whole_even_where_one_is_empty(tiny_model):
     generator = torch.Generator().manual_seed(0)
-    batch = tuple(torch.randint(0, 300, (4, 8), generator=generator) for _ in range(2))
+    batch = random_batch(generator, 4)
     sent = []
     validation_loss(tiny_model, [batch], reduce=lambda totals: sent.append(totals) or totals)
     both = validation_loss(tiny_model, [], reduce=lambda totals: totals + sent[0])
@@ -70,7 +74,7 @@ def test_shares_of_two_processes_sum_to_the_whole_even_where_one_is_empty(tiny_m
 def test_a_compiled_model_validates_with_one_graph_for_all_rounds(fresh_model):
     model = fresh_model
     generator = torch.Generator().manual_seed(0)
-    batches = [tuple(torch.randint(0, 300, (2, 8), generator=generator) for _ in range(2)) for _ in range(3)]
+    batches = [random_batch(generator, 2) for _ in range(3)]
     eager = validation_loss(model, batches)
     graphs = []
     model.compile(backend=lambda module, _: graphs.append(module) or module.forward, fullgraph=True, dynamic=False)
@@ -83,7 +87,7 @@ def test_a_compiled_model_validates_with_one_graph_for_all_rounds(fresh_model):
 def test_nothing_to_count_is_an_error(tiny_model):
     inputs = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match="no token to validate on"):
-        validation_loss(tiny_model, [(inputs, torch.full_like(inputs, -100))])
+        validation_loss(tiny_model, [{"input_ids": inputs, "shift_labels": torch.full_like(inputs, -100)}])
 
 
 def test_a_tokenizer_without_a_token_to_begin_with_is_an_error(tiny_model, bpe, tmp_path):

@@ -43,7 +43,8 @@ def check(
     try:
         return check_first_step(
             accelerator, raw, lambda batches, form: micro_steps(accelerator, model, batches, len(batches), form),
-            (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()), loss_impl=loss_impl, compiled=compiled,
+            {"input_ids": tokens[:, :-1].contiguous(), "shift_labels": tokens[:, 1:].contiguous()},
+            loss_impl=loss_impl, compiled=compiled,
         )  # fmt: skip
     finally:
         assert all(torch.equal(p, before[name]) and p.grad is None for name, p in raw.named_parameters())
