@@ -72,6 +72,7 @@ def sweep(description: str | None, argv: list[str] | None) -> tuple[Namespace, l
     parser.add_argument("recipe", help="the recipe's YAML; every field of it is also a flag")
     parser.add_argument("--set", action="append", required=True, metavar="FIELD=VALUES", help="values with commas")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each setting (default: %(default)s)")
+    parser.add_argument("--halve", action="store_true", help="after every seed, keep the better half of settings")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of all runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
     arguments, fields = parser.parse_known_args(argv)

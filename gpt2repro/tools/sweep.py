@@ -5,9 +5,9 @@
 Each run is a process of train_accelerate.py with its own folder, OUTPUT/FIELD=VALUE,…,seed=N. The same command again
 skips finished runs and resumes the others. The seeds are the recipe's and those after it, or those of --set seed=…
 When a run fails, the other seeds of its setting are left out. Afterwards OUTPUT holds sweep.json and sweep.png. The
-table compares every setting with the best one, seed by seed. Other flags are fields of the recipe, the same for all
-runs. On a CPU several runs at a time (--jobs), each on its share of the cores, have more throughput than one run on
-all cores.
+table compares every setting with the best one, seed by seed. --halve spends fewer runs: after every seed only the
+better half of the settings goes on. Other flags are fields of the recipe, the same for all runs. On a CPU several
+runs at a time (--jobs), each on its share of the cores, have more throughput than one run on all cores.
 """
 
 from gpt2repro import command
@@ -41,6 +41,7 @@ from gpt2repro.run.folder import RunFolder
 SCRIPT = Path(__file__).resolve().parents[2] / "train_accelerate.py"
 
 Setting = dict[str, str]  # the fields of --set with one value each
+Plan = list[tuple[Setting, Recipe]]  # a run each
 
 # Student's t at 97.5 % for 1 to 9 degrees of freedom; with more, the last is a little too large.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -122,6 +123,59 @@ def run(recipe: Recipe, jobs: int = 1) -> None:
         raise ValueError(f"{recipe.output_dir} failed ({last}), see {log}")
 
 
+def run_all(plan: Plan, jobs: int, failed: list[Setting]) -> Plan:
+    """Start or resume the runs, `jobs` at a time; returns those that are finished and adds to `failed`."""
+
+    def finish(setting: Setting, recipe: Recipe) -> bool:
+        if setting in failed:
+            return False
+        try:
+            run(recipe, jobs)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)  # here, before this thread takes the next run
+            raise
+        except ValueError as error:
+            failed.append(setting)
+            command.explain(error)
+            return False
+        mean = summarise(setting, {recipe.seed: recipe.output_dir})["mean"]
+        print(f"{recipe.output_dir}: {'no validation' if mean is None else f'{mean:.4f}'}", flush=True)
+        return True
+
+    with ThreadPoolExecutor(jobs) as pool:
+        finished = list(pool.map(finish, *zip(*plan, strict=True)))
+    return list(itertools.compress(plan, finished))
+
+
+def run_halving(plan: Plan, jobs: int, failed: list[Setting]) -> Plan:
+    """Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943) with seeds as the resource.
+
+    Every setting has a run of the first seed. After each seed the better half of the settings goes on to the next one,
+    by their mean loss so far; the last two have all seeds.
+    """
+    finished: Plan = []
+    settings = [setting for setting, _ in plan]
+    for seed in dict.fromkeys(recipe.seed for _, recipe in plan):
+        finished += run_all([run for run in plan if run[1].seed == seed and run[0] in settings], jobs, failed)
+        results = [result for result in in_order(summaries(finished)) if result["setting"] in settings]
+        settings = [result["setting"] for result in results[: max(2, (len(results) + 1) // 2)]]
+    return finished
+
+
+def summaries(finished: Plan) -> list[dict[str, Any]]:
+    """`summarise` of every setting with a finished run."""
+    settings: list[Setting] = []
+    for setting, _ in finished:
+        settings += [setting] if setting not in settings else []
+    return [summarise(setting, {recipe.seed: recipe.output_dir for own, recipe in finished if own == setting})
+            for setting in settings]  # fmt: skip
+
+
+def in_order(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The best first; a setting with fewer seeds stands after those with more, for it was left out or failed."""
+    return sorted(results, key=lambda result: (-len(result["losses"]), result["mean"] or 0.0))
+
+
 def summarise(setting: Setting, runs: dict[int, str]) -> dict[str, Any]:
     """The final validation losses of a setting's finished runs (folders by seed), their mean and their deviation."""
     rows = {seed: [row for row in RunFolder(folder).rows() if row["kind"] == "val" and row["loss"] is not None]
@@ -154,7 +208,7 @@ def table(results: list[dict[str, Any]]) -> str:
     several = len(results) > 1
     head = [*names, *columns, *(["difference from the best (95 % interval)"] if several else [])]
     lines = [head, ["---"] * len(head)]
-    ordered = sorted(results, key=lambda result: (result["mean"] is None, result["mean"]))
+    ordered = in_order(results)
     for result in ordered:
         mean, std = (f"{result[key]:.4f}" if result[key] is not None else "–" for key in ("mean", "std"))
         compared = [difference(result, ordered[0])] if several else []
@@ -184,34 +238,20 @@ def main(argv: list[str] | None = None) -> int:
         output, jobs = Path(arguments.output), arguments.jobs
         if min(arguments.seeds, jobs) < 1:
             raise command.UsageError(f"--seeds is {arguments.seeds} and --jobs {jobs}: give at least 1 of each")
-        failed: list[Setting] = []
         plan = list(plan_runs(arguments.recipe, fields, arguments.set, seeds=arguments.seeds, output=arguments.output))
+        seeds = len({recipe.seed for _, recipe in plan})
+        if arguments.halve and (seeds < 2 or len(plan) < 3 * seeds):
+            raise command.UsageError(
+                f"--halve leaves settings out after a seed, and there are {len(plan) // seeds} settings with {seeds} "
+                "seeds: give at least 3 settings with --set and 2 --seeds"
+            )
         for _, recipe in plan if jobs > 1 else []:
             open_recipe_dataset(recipe)  # several runs cannot prepare it at the same time
-
-        def finish(setting: Setting, recipe: Recipe) -> bool:
-            if setting in failed:
-                return False
-            try:
-                run(recipe, jobs)
-            except KeyboardInterrupt:
-                pool.shutdown(wait=False, cancel_futures=True)  # here, before this thread takes the next run
-                raise
-            except ValueError as error:
-                failed.append(setting)
-                command.explain(error)
-                return False
-            mean = summarise(setting, {recipe.seed: recipe.output_dir})["mean"]
-            print(f"{recipe.output_dir}: {'no validation' if mean is None else f'{mean:.4f}'}", flush=True)
-            return True
-
-        with ThreadPoolExecutor(jobs) as pool:
-            finished = list(pool.map(finish, *zip(*plan, strict=True)))
-        if not any(finished):
+        failed: list[Setting] = []
+        finished = (run_halving if arguments.halve else run_all)(plan, jobs, failed)
+        if not finished:
             return 1  # an earlier sweep.json stays
-        by_setting = itertools.groupby(zip(plan, finished, strict=True), key=lambda pair: pair[0][0])
-        results = [summarise(setting, {recipe.seed: recipe.output_dir for (_, recipe), ok in group if ok})
-                   for setting, group in by_setting]  # fmt: skip
+        results = summaries(finished)
         write_whole(output / "sweep.json", json.dumps(results, indent=1) + "\n")
         draw(results, output / "sweep.png")
         print(f"\n{table(results)}\n\n{output / 'sweep.json'}\n{output / 'sweep.png'}")

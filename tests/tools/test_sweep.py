@@ -80,6 +80,20 @@ def test_the_same_command_passes_over_what_is_finished_and_goes_on_with_what_is_
     assert train_rows(broken)[4]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_halving_leaves_the_worst_setting_out_after_the_first_seed(sweep, finished):
+    output = sweep("--set", f"learning_rate=1e-9,{','.join(VALUES)}", "--seeds", "2", "--halve")
+    assert (sweep.output / "learning_rate=1e-9,seed=1337" / "run.json").exists()
+    assert not (sweep.output / "learning_rate=1e-9,seed=1338").exists()
+    lines = [line.split(" | ") for line in output.splitlines() if line.startswith(("| 0.", "| 1e-9"))]
+    assert [line[3] for line in lines] == ["2", "2", "1"]
+    assert lines[2][0] == "| 1e-9"
+
+
+@pytest.mark.parametrize("words", [["learning_rate=1,2,3"], ["learning_rate=1,2", "--seeds", "2"]])
+def test_halving_of_too_few_settings_or_seeds_is_refused(sweep, words):
+    assert "give at least 3 settings" in sweep("--set", *words, "--halve", exit_code=2)
+
+
 def test_a_run_of_another_recipe_fails_and_an_earlier_table_stays(sweep, finished):
     before = (sweep.output / "sweep.json").read_text()
     output = sweep("--set", "learning_rate=0.001", "--beta1", "0.8", exit_code=1)
