@@ -24,7 +24,6 @@ import os
 import sys
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -37,13 +36,16 @@ from gpt2repro.hub import initial
 from gpt2repro.hub.push import BackgroundPush
 from gpt2repro.run.folder import RunFolder
 from gpt2repro.run.metrics import MetricsLog
-from gpt2repro.train.estimates import memory_report, peak_memory_bytes, speed_limits
+from gpt2repro.train import estimates
 from gpt2repro.train.first_step import check_first_step
 from gpt2repro.train.launch import compile_in_place, loss_form, start_accelerator
 from gpt2repro.train.optimizer import averaged_weights, make_optimizer
 from gpt2repro.train.profile import step_profiler
-from gpt2repro.train.safety import BadSteps, StopSignal, Watchdog, explanation
+from gpt2repro.train.safety import BadSteps, EarlyStop, StopSignal, Watchdog, explanation
 from gpt2repro.train.schedule import lr_at
+
+# Forward and backward of a step in all of a run's time: the optimizer, validations and saves take the rest.
+OF_A_STEP = 0.8
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,12 +80,12 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
     device, world_size, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     loss_impl = loss_form(recipe, device)
     data = open_data(recipe, accelerator)
-    evaluation = processes.on_every_process(lambda: Evaluation(recipe, data, accelerator, loss_impl=loss_impl))
     vocabulary = {"vocab_size": data.vocab_size, "eot_id": data.eot_id}
     raw = processes.on_every_process(lambda: initial.initial_model(recipe, **vocabulary))
     raw.train().to(device)
     facts = {"dataset": data.facts(), "model": model_facts(raw)}
     folder = RunFolder(recipe.output_dir)
+    recipe = processes.on_main_process(accelerator, lambda: folder.with_its_steps(recipe))
     processes.on_main_process(accelerator, lambda: folder.check(recipe, **facts))
     compiled = compile_in_place(raw, recipe, accelerator)
     model, optimizer = accelerator.prepare(raw, make_optimizer(raw, recipe))
@@ -98,10 +100,18 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
         )  # fmt: skip
     first_batch = data.loader.first_batch(start_step)
 
-    def backward(micro_batches: list, loss_impl: str) -> torch.Tensor:
+    def backward(micro_batches: list, loss_impl: str = loss_impl) -> torch.Tensor:
         return micro_steps(accelerator, model, micro_batches, len(micro_batches), loss_impl)
 
     checked = check_first_step(accelerator, raw, backward, first_batch, loss_impl=loss_impl, compiled=compiled)
+    if recipe.max_minutes:
+        speed, wanted = world_size * estimates.tokens_per_second(backward, first_batch), recipe
+        raw.zero_grad()
+        recipe = processes.on_main_process(accelerator, lambda: wanted.within_minutes(OF_A_STEP * speed))
+        minutes = recipe.max_steps * recipe.global_batch_tokens / (OF_A_STEP * speed) / 60
+        checked += f"\nabout {speed:,.0f} tokens/s forward and backward: {recipe.max_steps:,} of {wanted.max_steps:,} "
+        checked += f"steps, for about {minutes:.1f} of at most {wanted.max_minutes:g} minutes"
+    evaluation = processes.on_every_process(lambda: Evaluation(recipe, data, accelerator, loss_impl=loss_impl))
     log, pushes = MetricsLog(None), None
 
     def take_folder() -> None:
@@ -121,9 +131,9 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
         pushes.catch_up(checkpoint, step=start_step, rows=rows)
 
     # ---- the loop ------------------------------------------------------------------------------------------
-    stop, bad_steps = StopSignal(), BadSteps(recipe, rows)
+    stop, bad_steps, early_stop = StopSignal(), BadSteps(recipe, rows), EarlyStop(recipe, rows)
     watchdog.step = start_step
-    flops_per_token, peak_flops = speed_limits(raw, recipe.seq_len, world_size=world_size)
+    flops_per_token, peak_flops = estimates.speed_limits(raw, recipe.seq_len, world_size=world_size)
     batches, accumulation = data.loader.batches(start_step), data.loader.accumulation
     profiler = None
     if recipe.profile_steps and accelerator.is_main_process:
@@ -133,13 +143,18 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
     def evaluate(step: int) -> None:
         for kind, values in evaluation(step, raw, averaged_weights(raw, optimizer.optimizer)):
             log.write(step, kind, **values)
+            if kind == "val":
+                early_stop.add(step, values["loss"])
+        if (best := early_stop.best) is not None:
+            processes.on_main_process(accelerator, lambda: folder.mark_best(best))
 
     # Evaluate before the first step, so that what cannot work fails now. After a resume this is done already, unless
     # the run was stopped between its save and its evaluation.
     if not any(row["step"] == start_step and row["kind"] in ("val", "sample") for row in rows):
         evaluate(start_step)
     step = saved = start_step
-    for step in range(start_step + 1, recipe.max_steps + 1):
+    ended_early = early_stop.reason()
+    for step in range(start_step + 1, recipe.max_steps + 1) if not ended_early else ():
         began = time.perf_counter()
         lr = lr_at(step - 1, recipe)
         for group in optimizer.param_groups:
@@ -169,7 +184,7 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
         mfu = tokens_per_second * flops_per_token / peak_flops if peak_flops else None
         log.write(
             step, "train", loss=loss, lr=lr, grad_norm=grad_norm, tokens=step * recipe.global_batch_tokens,
-            tokens_per_second=tokens_per_second, mfu=mfu, memory_bytes=peak_memory_bytes(device),
+            tokens_per_second=tokens_per_second, mfu=mfu, memory_bytes=estimates.peak_memory_bytes(device),
         )  # fmt: skip
         newest = None
         if step % recipe.save_every == 0 or step == recipe.max_steps or stopping_ranks:
@@ -186,18 +201,20 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
                 pushes.submit(newest)
             for row in pushes.finished():
                 log.write(step, "push", **row)
-        if stopping_ranks:
+        if (ended_early := early_stop.reason()) or stopping_ranks:
             break
         watchdog.step = step
 
     # ---- the end -------------------------------------------------------------------------------------------
     batches.close()
     watchdog.stop()
-    stopped = saved < recipe.max_steps
+    stopped = saved < recipe.max_steps and not ended_early
     for row in pushes.wait(stopped=stopped, give_up=stop.wanted) if pushes else ():
         log.write(step, "push", **row)
     log.close()
-    log.show(summary(folder.latest, step=step, stopped=stopped))
+    if ended_early:
+        log.show(f"ended early: {ended_early}")
+    log.show(summary(folder, step=step, stopped=stopped))
     folder.release()
     return command.STOPPED_BY_SIGNAL if stopped else command.DONE
 
@@ -234,7 +251,7 @@ def description(recipe: Recipe, accelerator: Accelerator, raw, data, *, compiled
         f"{accelerator.device.type}, {precision} mixed precision, {'compiled' if compiled else 'eager'}\n"
         f"{recipe.global_batch_tokens:,} tokens a step = {world_size} processes x {loader.accumulation} micro-steps x "
         f"{recipe.micro_batch_size} sequences x {recipe.seq_len} tokens\n"
-        + memory_report(
+        + estimates.memory_report(
             recipe, raw.config, accelerator.device, processes=world_size, n_parameters=raw.num_parameters(),
             bf16=precision != "no", chunked_loss=loss_impl == "chunked",
             shards=world_size if accelerator.is_fsdp2 else 1,
@@ -242,15 +259,16 @@ def description(recipe: Recipe, accelerator: Accelerator, raw, data, *, compiled
     )  # fmt: skip
 
 
-def summary(latest: Path, *, step: int, stopped: bool) -> str:
+def summary(folder: RunFolder, *, step: int, stopped: bool) -> str:
     """The last lines of a run: where it ended and how to load it."""
     if stopped:
-        return f"stopped by a signal after saving step {step} in {latest}; run the same command again to resume"
+        return f"stopped by a signal after saving step {step} in {folder.latest}; run the same command again to resume"
+    checkpoint = folder.best
     return (
-        f"done: step {step}, {latest}\n\n"
+        f"done: step {step}, {checkpoint}\n\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{latest}", trust_remote_code=True)\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{latest}", trust_remote_code=True)'
+        f'model = AutoModelForCausalLM.from_pretrained("{checkpoint}", trust_remote_code=True)\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{checkpoint}", trust_remote_code=True)'
     )
 
 

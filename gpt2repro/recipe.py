@@ -8,7 +8,7 @@ recipe_parser.py makes a recipe from YAML and flags.
 
 import math
 import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 # A run is the same run as long as these hold; anything else (micro-batch, precision, cadence) may change on resume.
@@ -45,8 +45,8 @@ class Recipe:
     output_dir: str = _option("runs/gpt2-124m", "folder of the run: checkpoints, metrics.jsonl, run.json")
     dataset_dir: tuple[str, ...] = _option(("data/fineweb-edu-10b",), "prepared datasets, or where one is to be made")
     dataset_format: str = _option("auto", "format of dataset_dir; nanoGPT's .bin must be named")
-    source: str | None = _option(None, "source of a new dataset_dir: python-docs, files, fineweb-edu, …")
-    files: tuple[str, ...] = _option((), "paths or globs for source: files")
+    source: str | None = _option(None, "source of a new dataset_dir: python-docs, files, text, fineweb-edu, …")
+    files: tuple[str, ...] = _option((), "paths or globs for source: files or text")
     tokenizer: str | None = _option(None, "folder, Hub id, or train:N for a byte-level BPE of N entries")
     val_tokens: int | None = _option(None, "validation tokens of a new dataset (default: a share by document hash)")
     # the model
@@ -63,6 +63,7 @@ class Recipe:
     global_batch_tokens: int = _option(524_288, "tokens in an optimizer step, over all processes", least=1, most=2**32)
     micro_batch_size: int = _option(16, "sequences per process and micro-step (B): what fits the memory", least=1)
     max_steps: int = _option(19_073, "optimizer steps", least=1)
+    max_minutes: float = _option(0.0, "lower max_steps to what this machine does in that time; 0: no", least=0)
     # the optimizer
     optimizer: str = _option("adamw", "muon is Muon for the matrices of the blocks and AdamW for the rest")
     learning_rate: float = _option(6e-4, "peak learning rate", least=0)
@@ -108,6 +109,7 @@ class Recipe:
     save_every: int = _option(1000, "steps between checkpoints; the last step is always saved", least=1)
     keep_last: int = _option(2, "newest checkpoints that are kept; 0 keeps all", least=0)
     keep_every: int = _option(0, "steps between checkpoints that are never deleted; 0 is none", least=0)
+    patience: int = _option(0, "validations without a new best after which the run ends; 0: never", least=0)
     watchdog_minutes: float = _option(30.0, "minutes without a step until the run ends; 0 is never", least=0, most=1e6)
     log_with: tuple[str, ...] = _option((), "trackers beside metrics.jsonl: tensorboard, wandb, trackio")
     hub_repo_id: str | None = _option(None, "OWNER/NAME on the Hub, to which the run pushes checkpoints")
@@ -172,12 +174,15 @@ class Recipe:
             yield f"dataset_dir names {len(self.dataset_dir)} folders: give one to make from source, or no source"
         if self.source and not self.tokenizer:
             yield "a source without a tokenizer: give a folder, a Hub id, or train:N"
-        if (self.source == "files") != bool(self.files):
+        if (self.source in ("files", "text")) != bool(self.files):
             yield f"source is {self.source} and files names {len(self.files)}: they go together, --source files"
         if self.profile_steps > 0 and self.profile_steps + 4 > steps:
             yield f"profile_steps={self.profile_steps} follow 4 other steps, max_steps={steps} is less: lower them"
         if self.eval_tasks and not self.eval_every:
             yield "eval_tasks are scored at every validation, but eval_every is 0: give a number of steps"
+        if self.patience and (not self.eval_every or self.eval_every % max(1, self.save_every)):
+            every = f"eval_every={self.eval_every} is no multiple of save_every={self.save_every}"
+            yield f"patience keeps the checkpoint of the best validation, but {every}: change one"
         if self.hub_every and not self.hub_repo_id:
             yield f"hub_every is {self.hub_every} without a hub_repo_id: give OWNER/NAME, or leave it out"
         for name in ("hub_every", "keep_every"):
@@ -210,6 +215,14 @@ class Recipe:
             GPT2ReproConfig(**shape)
         except StrictDataclassError as error:
             yield from str(error).split("ValueError: ")[-1].splitlines()
+
+    def within_minutes(self, tokens_per_second: float) -> "Recipe":
+        """The recipe with the steps that fit into `max_minutes`, at most `max_steps`; it then says so by itself."""
+        fitting = int(60 * self.max_minutes * tokens_per_second / self.global_batch_tokens)
+        recipe = replace(self, max_steps=min(self.max_steps, max(fitting, 1)), max_minutes=0.0)
+        if problems := [*recipe._combination_problems()]:
+            raise ValueError(f"max_minutes={self.max_minutes:g} leaves {recipe.max_steps} steps: {problems[0]}")
+        return recipe
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-steps in an optimizer step: global_batch_tokens / (micro_batch_size * seq_len * world_size).

@@ -22,10 +22,12 @@ from typing import Any
 
 import yaml
 
+from gpt2repro import own_text
 from gpt2repro.command import UsageError, say
 from gpt2repro.recipe import CHOICES, Recipe
 
-DEFAULT_RECIPE = Path(str(files("gpt2repro.recipes") / "demo.yaml"))  # recipes/ of the checkout or the wheel
+RECIPES = files("gpt2repro.recipes")  # of the checkout or the wheel
+DEFAULT_RECIPE, OWN_TEXT_RECIPE = (Path(str(RECIPES / name)) for name in ("demo.yaml", "shakespeare.yaml"))
 
 
 def read_recipe(argv: list[str] | None = None, *, announce: bool = False) -> Recipe:
@@ -36,8 +38,12 @@ def read_recipe(argv: list[str] | None = None, *, announce: bool = False) -> Rec
     words = sys.argv[1:] if argv is None else argv
     recipe = parse_recipe(words, default=DEFAULT_RECIPE)
     recipe.check(world_size=int(os.environ.get("WORLD_SIZE", 1)))
-    named = not words or any(word.split("=")[0] == "--recipe" for word in words)
-    if announce and not named and not int(os.environ.get("RANK", 0)):
+    flags = {word.split("=")[0] for word in words}
+    if not announce or int(os.environ.get("RANK", 0)):
+        return recipe
+    if "--text" in flags:
+        say(own_text.explanation(recipe))
+    elif words and "--recipe" not in flags:
         steps = f"model {recipe.model}, {recipe.max_steps:,} steps of {recipe.global_batch_tokens:,} tokens"
         say(f"no --recipe: what no flag sets is as for GPT-2 124M on 10B tokens. This run: {steps}")
         say(f"the demo is --recipe {DEFAULT_RECIPE}")
@@ -52,11 +58,18 @@ def parse_recipe(argv: list[str], *, default: str | Path) -> Recipe:
     """
     known, unknown = _parser(default).parse_known_args(argv)
     given = vars(known)
-    path = given.pop("recipe", None) or (default if not argv else None)
+    text, path = given.pop("text", None), given.pop("recipe", None) or (default if not argv else None)
     problems = [_unknown(word, "flag") for word in unknown if word.startswith("--")]
     if unknown and not problems:
         problems = [f"{' '.join(unknown)!r} stands alone on the command line: flags are --field value"]
-    settings = (_read_yaml(Path(path), problems) if path else {}) | given
+    chosen: own_text.Words = {}
+    if text is not None:
+        if also := given.keys() & {"source", "files"} | ({"recipe"} if path else set()):
+            raise UsageError(f"--text is a recipe and a source by itself: leave --{' and --'.join(sorted(also))} out")
+        path, chosen = OWN_TEXT_RECIPE, own_text.fields_for(text)
+        if "max_steps" in given:
+            del chosen["max_minutes"]
+    settings = (_read_yaml(Path(path), problems) if path else {}) | chosen | given
     values, hints = {}, typing.get_type_hints(Recipe)
     for name, value in settings.items():
         try:
@@ -84,6 +97,7 @@ def _parser(default: str | Path) -> argparse.ArgumentParser:
         description="Pre-train a GPT-2. Every field of a recipe is also a flag.",
     )  # fmt: skip
     parser.add_argument("--recipe", metavar="YAML", help=f"the recipe to start from (without any argument: {default})")
+    parser.add_argument("--text", metavar="FILE", nargs="+", help="train on these files of text: chooses the rest")
     for item in fields(Recipe):
         default_value = item.default[0] if isinstance(item.default, tuple) and item.default else item.default
         shown = f"; one of {', '.join(CHOICES[item.name])}" if item.name in CHOICES else ""

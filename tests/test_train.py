@@ -53,7 +53,9 @@ def test_a_run_leaves_its_record_and_the_checkpoints_it_was_asked_to_keep(unbrok
 def test_a_log_gets_lines_and_no_bar(unbroken_run):
     output = unbroken_run.with_suffix(".log").read_text()
     first = train_rows(unbroken_run)[1]
-    assert f"\nstep      1  loss {first['loss']:.4f}, {first['tokens_per_second']:,.0f} tokens/s\n" in output
+    speed = first["tokens_per_second"]
+    left = 7 * 256 / speed / 60  # of 8 steps of 256 tokens
+    assert f"\nstep      1  loss {first['loss']:.4f}, {speed:,.0f} tokens/s, {left:.1f} minutes left\n" in output
     assert "step/s" not in output  # as every bar has it, from its first moment on
 
 

@@ -92,7 +92,8 @@ def chunks(text: Text) -> Iterator[bytes]:
 def split_of(document: Document, val_fraction: float) -> str:
     """train or val, or why the document belongs to neither. Holds one chunk in memory.
 
-    By the document's own sha256, so that duplicates are in the same split and the order does not matter.
+    As its source says, else by the document's own sha256, so that duplicates are in the same split and the order does
+    not matter.
     """
     decoder, digest, blank = codecs.getincrementaldecoder("utf-8")(), hashlib.sha256(), True
     try:
@@ -104,6 +105,8 @@ def split_of(document: Document, val_fraction: float) -> str:
         return NOT_UTF8
     if document.skipped or blank:
         return document.skipped or EMPTY
+    if document.split:
+        return document.split
     return "val" if int.from_bytes(digest.digest()[:8], "big") >= (1 - val_fraction) * 2**64 else "train"
 
 

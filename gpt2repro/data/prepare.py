@@ -131,7 +131,8 @@ def prepare(
     """Prepare `source` into the folder `out`, or resume it. Returns the folder.
 
     tokenizer: a folder, a Hub id, or train:N for a byte-level BPE of N entries trained on the training documents.
-    Validation: the first val_tokens tokens, or the val_fraction of documents by hash (0.01; python-docs 0.1).
+    Validation: the first val_tokens tokens, or the val_fraction of documents by hash (0.01; python-docs 0.1); of
+    source text the last tenth.
     part: I/N, the I-th (from 0) of N disjoint parts. fast: gigatoken, where it gives the same ids.
     source_options: files, dataset, config, split, text_field, revision, as `open_source` takes them.
 
@@ -314,6 +315,10 @@ def _validation(origin: Source, tokens: int | None, fraction: float | None) -> d
         raise ValueError(f"val_tokens {tokens} and val_fraction {fraction} are two ways to one split; give one")
     if (tokens or 0) < 0 or not 0 <= (fraction or 0) < 1:
         raise ValueError(f"val_tokens {tokens} must be 0 or more, val_fraction {fraction} from 0 to below 1")
+    if origin.record["name"] == "text":
+        if tokens is not None or fraction is not None:
+            raise ValueError("source text has its last tenth for validation: leave val_tokens and val_fraction out")
+        return {"last": 0.1}
     if fraction is not None:
         return {"fraction": fraction}
     if tokens is None and not origin.one_document:

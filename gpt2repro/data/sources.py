@@ -10,6 +10,7 @@ files, parquet and the Hub need the packages pyarrow and `datasets`, which are i
 """
 
 import ast
+import codecs
 import glob
 import hashlib
 import io
@@ -38,8 +39,8 @@ HUB = {
     "openwebtext": {"dataset": "Skylion007/openwebtext"},
     "tinyshakespeare": {"dataset": SHAKESPEARE},
 }
-SOURCES = ("python-docs", "files", "hub", *HUB)
-WITHOUT_CHOICES = ("python-docs", "files", "tinyshakespeare")  # of configuration, split and revision
+SOURCES = ("python-docs", "files", "text", "hub", *HUB)
+WITHOUT_CHOICES = ("python-docs", "files", "text", "tinyshakespeare")  # of configuration, split and revision
 
 Text = bytes | memoryview | Path  # a Path is the whole file, read in pieces
 
@@ -52,6 +53,7 @@ class Document:
     skipped: str | None
     position: Any  # a JSON value: documents(position) continues after this one
     where: str = ""  # for messages
+    split: str | None = None  # train or val, where the source decides
 
 
 @dataclass
@@ -76,7 +78,7 @@ def open_source(
 ) -> Source:
     """Open a source by its name, one of SOURCES.
 
-    files: paths and globs, for the source "files". hub: dataset, config, split, revision, for the others.
+    files: paths and globs, for the sources "files" and "text". hub: dataset, config, split, revision, for the others.
     part: (I, N) is the I-th of N parts: whole files where there are at least N of them, else every N-th document.
 
     Raises:
@@ -85,7 +87,7 @@ def open_source(
     if name not in SOURCES:
         raise ValueError(f"unknown source {name!r}: one of {', '.join(SOURCES)}")
     for owner, flag, value in ("files", "--files GLOB", files), ("hub", "--dataset NAME", hub.get("dataset")):
-        if (name == owner) != bool(value):
+        if (name == owner or (name == "text" and owner == "files")) != bool(value):
             raise ValueError(f"source {name} with {value}: --source {owner} and {flag} go together")
     if hub and name in WITHOUT_CHOICES:
         raise ValueError(f"{', '.join(hub)} mean nothing to source {name}; omit them")
@@ -93,6 +95,8 @@ def open_source(
         source = _python_docs()
     elif name == "files":
         source = _files(files or [], text_field=text_field, part=part)
+    elif name == "text":
+        source = _own_text(files or [])
     else:
         source = _hub(text_field=text_field, part=part, **{**HUB.get(name, {}), **hub})
     source.tokens /= part[1]
@@ -103,12 +107,12 @@ def open_source(
 
 def was_made_from(record: dict, name: str, files: list[str]) -> bool:
     """Whether the `source` that a dataset.json records is this one. Deleted files are compared by kind alone."""
-    if name != "files":
+    if name not in ("files", "text"):
         return record.get("dataset", record.get("name")) == HUB.get(name, {"dataset": name})["dataset"]
     try:
-        now = _files(files)
+        now = _files(files) if name == "files" else _own_text(files)
     except ValueError:
-        return record.get("name") == "files"
+        return record.get("name") == name
     now.record_contents()
     return same_source(record, now.record)
 
@@ -182,6 +186,24 @@ def _files(patterns: list[str], *, text_field: str = "text", part: tuple[int, in
         one_document=len(paths) == 1 and paths[0].suffix in (".txt", ".md"),
         files={path: entries[path] for path in chosen},
     )
+
+
+def _own_text(patterns: list[str]) -> Source:
+    """Plain text of any suffix; the first nine tenths of each file's bytes are for training, the rest validates."""
+    paths = list(dict.fromkeys(path for pattern in patterns for path in _matching(pattern)))
+    entries = {path: {"file": path.name, "bytes": path.stat().st_size} for path in paths}
+
+    def documents(position: int | None = None) -> Iterator[Document]:
+        for number in range(position or 0, 2 * len(paths)):
+            text = paths[number // 2].read_bytes().removeprefix(codecs.BOM_UTF8)
+            cut = len(text) * 9 // 10
+            while cut and text[cut] & 0xC0 == 0x80:  # inside of a character
+                cut -= 1
+            part, split = (text[cut:], "val") if number % 2 else (text[:cut], "train")
+            yield Document(part, None, number + 1, str(paths[number // 2]), split)
+
+    record = {"name": "text", "files": [*entries.values()]}
+    return Source(record, documents, tokens=sum(entry["bytes"] for entry in entries.values()) / 4, files=entries)
 
 
 def _matching(pattern: str) -> list[Path]:

@@ -4,6 +4,7 @@
                                optimizer.safetensors (by parameter name), trainer_state.json (the completion record);
                                with `ema_decay` model.ema.safetensors, which from_pretrained(…, variant="ema") loads
     runs/NAME/latest           a link to the newest, a file with its name where links are refused
+    runs/NAME/best             with `patience`, a link to the one of the lowest validation loss, which is not deleted
 
 A checkpoint is written to a hidden folder, synced to the disk and renamed; older ones are deleted only after that. So
 a step-… folder that is not whole was damaged later, and resume says so instead of passing it over. Nothing in it is a
@@ -91,6 +92,8 @@ def save_checkpoint(
         whole = [path for path in _checkpoints(run_dir) if (path / RECORD).exists()]
         for old in whole[:-keep_last] if keep_last else []:
             if keep_every and int(old.name.removeprefix("step-")) % keep_every == 0:
+                continue
+            if old.name == linked(run_dir / "best").resolve().name:
                 continue
             os.replace(old, run_dir / f".{old.name}.tmp")  # first out of sight: half a checkpoint must not look whole
             shutil.rmtree(run_dir / f".{old.name}.tmp")

@@ -19,7 +19,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +27,7 @@ from uuid import uuid4
 
 import torch
 
-from gpt2repro.files import linked, take_lock, write_whole
+from gpt2repro.files import link_to, linked, take_lock, write_whole
 from gpt2repro.recipe import DEFINING_FIELDS, Recipe
 from gpt2repro.recipe_parser import write_recipe
 from gpt2repro.run import checkpoints
@@ -143,6 +143,11 @@ class RunFolder:
             )
         return record | {name: before[name] for name in ("id", "starts") if name in before}
 
+    def with_its_steps(self, recipe: Recipe) -> Recipe:
+        """The recipe with the steps that `max_minutes` gave this run when it began, where it did."""
+        record = self.record() if recipe.max_minutes else None
+        return replace(recipe, max_steps=record["recipe"]["max_steps"], max_minutes=0.0) if record else recipe
+
     # ---- writing -------------------------------------------------------------------------------------------
 
     def claim(self, recipe: Recipe, *, dataset: dict[str, Any], model: dict[str, Any], world_size: int) -> None:
@@ -171,6 +176,16 @@ class RunFolder:
     def resume_from(self, checkpoint: Path | None, *, step: int) -> None:
         """Make `checkpoint`, of step `step`, the newest of the run; see `checkpoints.resume_from`."""
         checkpoints.resume_from(self.path, checkpoint, step=step)
+
+    def mark_best(self, step: int) -> None:
+        """Make `best` mean the checkpoint of step `step`; before the first save there is none to mean."""
+        if (checkpoint := self.root / f"step-{step:08d}").is_dir():
+            link_to(checkpoint, self.root / "best")
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint with the lowest validation loss, where `patience` keeps it; else the newest."""
+        return best if (best := linked(self.path / "best")).is_dir() else self.latest
 
     @property
     def latest(self) -> Path:

@@ -120,13 +120,15 @@ class MetricsLog:
 
     def _show(self, step: int, kind: str, values: dict[str, Any]) -> None:
         if kind == "train":
-            line = f"loss {values['loss'] or math.nan:.4f}, {values.get('tokens_per_second', 0):,.0f} tokens/s"
+            speed = values.get("tokens_per_second", 0)
+            line = f"loss {values['loss'] or math.nan:.4f}, {speed:,.0f} tokens/s"
             self._bar.set_postfix_str(line, refresh=False)
             self._bar.update()
             if not self._bar.disable or time.monotonic() - self._shown < SECONDS_BETWEEN_LINES:
                 return
             self._shown = time.monotonic()
-            lines = [line]
+            tokens_left = values.get("tokens", 0) / step * (self._bar.total - step)
+            lines = [f"{line}, {tokens_left / speed / 60:,.1f} minutes left" if speed else line]
         else:
             lines = row_text(kind, values)
         for line in lines:

@@ -17,7 +17,6 @@ import math
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +35,7 @@ from gpt2repro.hub.initial import initial_model, take_shape
 from gpt2repro.recipe import Recipe
 from gpt2repro.run.checkpoints import load_checkpoint, save_checkpoint
 from gpt2repro.train.devices import description
-from gpt2repro.train.estimates import USABLE, device_memory_bytes, memory_estimate, speed_limits
+from gpt2repro.train.estimates import USABLE, device_memory_bytes, memory_estimate, speed_limits, tokens_per_second
 from gpt2repro.train.first_step import check_first_step
 from gpt2repro.train.launch import compile_in_place, loss_form, start_accelerator
 from gpt2repro.train.optimizer import make_optimizer
@@ -281,17 +280,6 @@ def check_rehearsal(recipe: Recipe, model: Any, optimizer: Any, *, folder: Path,
 
 
 # ---- speed -------------------------------------------------------------------------------------------------
-
-
-def tokens_per_second(backward: Callable[[list], torch.Tensor], batch: dict[str, torch.Tensor]) -> float:
-    """Throughput of forward and backward over whole micro-batches, after a few that are not timed."""
-    input_ids = batch["input_ids"]
-    warm, timed = (3, 10) if input_ids.is_cuda else (1, 2)
-    for step in range(warm + timed):
-        if step == warm:
-            began = time.perf_counter()
-        backward([batch]).item()  # waits for the device, as the loop does once a step
-    return timed * input_ids.numel() / (time.perf_counter() - began)
 
 
 def check_speed(recipe: Recipe, speed: float, *, processes: int, mfu: float | None, dollars: float | None) -> Check:

@@ -54,6 +54,32 @@ class StopSignal:
             os.kill(os.getpid(), number)
 
 
+class EarlyStop:
+    """Says when `patience` validations in a row brought no new best loss. `rows` are those of the run so far."""
+
+    def __init__(self, recipe: Recipe, rows: Sequence[dict[str, Any]] = ()) -> None:
+        self.patience = recipe.patience
+        self.losses: dict[int, float] = {}
+        for row in rows:
+            if row["kind"] == "val":
+                self.add(row["step"], row["loss"])
+
+    def add(self, step: int, loss: float | None) -> None:
+        self.losses[step] = loss if loss is not None and math.isfinite(loss) else math.inf
+
+    @property
+    def best(self) -> int | None:
+        """The step with the lowest loss, of equal ones the first; None without patience."""
+        return min(self.losses, key=self.losses.__getitem__) if self.patience and self.losses else None
+
+    def reason(self) -> str | None:
+        """Why the run should end now; None while it should go on."""
+        if (best := self.best) is None or sum(step > best for step in self.losses) < self.patience:
+            return None
+        last = f"validation loss {self.losses[max(self.losses)]:.4f}"
+        return f"{last}, no new best in {self.patience} validations since {self.losses[best]:.4f} at step {best}"
+
+
 class BadSteps:
     """The rule for a bad step: no update, and the run skips it or stops.
 
