@@ -8,10 +8,8 @@ rows. Exit code 1 if a verdict differs.
 """
 
 import argparse
-import importlib.util
 import sys
 import time
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -22,19 +20,9 @@ from gpt2repro.eval.core_tasks import PUBLISHED_ROWS, CoreTask, read_bundle, rea
 from gpt2repro.eval.flags import model_parser
 from gpt2repro.eval.loading import load_from, max_positions, start_token
 
-from .measuring import finish
+from .measuring import finish, load_file
 
 GROUP = 50
-
-
-def load_reference(path: str) -> ModuleType:
-    """nanochat's core_eval.py as a module; nothing else of nanochat is needed."""
-    spec = importlib.util.spec_from_file_location("nanochat_core_eval", path)
-    if spec is None or spec.loader is None or not Path(path).is_file():
-        raise ValueError(f"there is no {path}: give nanochat's nanochat/core_eval.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class ForNanochat:
@@ -89,7 +77,7 @@ def weighted_ratio(tasks: dict[str, dict]) -> float:
 
 
 def _measure(arguments: argparse.Namespace) -> int:
-    reference, found = load_reference(arguments.reference), {}
+    reference, found = load_file(arguments.reference, "nanochat's nanochat/core_eval.py"), {}
     labels = arguments.tasks.split(",") if arguments.tasks else None
     model, tokenizer = load_from(arguments)
     arguments.device = str(model.device)

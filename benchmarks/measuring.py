@@ -1,6 +1,7 @@
 """What all benchmarks share: command-line options, timings taken in turns, table rows, figures as JSON."""
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -8,11 +9,13 @@ import platform
 import re
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +51,17 @@ def time_in_turns(ways: dict[str, Callable[[], Any]], *, rounds: int, warmup: in
     return seconds
 
 
+def fastest(call: Callable[[], torch.Tensor], *, calls: int = 5) -> float:
+    """Seconds of the fastest of a few calls, after one that is not timed."""
+    times = []
+    for _ in range(calls + 1):
+        began = time.perf_counter()
+        if call().is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
 def compare(seconds: dict[str, list[Seconds]], *, amount: int, unit: str) -> dict:
     """Two tables: `unit` a second of every way (median), and how many times as fast ours is as each rival.
 
@@ -70,6 +84,19 @@ def compare(seconds: dict[str, list[Seconds]], *, amount: int, unit: str) -> dic
             figures["ratios"][f"{ours} / {rival}"] = row
             print_row(f"{ours} / {rival}", *(f"{ratio:.3f}" for ratio in row.values()))
     return figures
+
+
+def load_file(path: str, what: str) -> ModuleType:
+    """A single file of another project as a module; `what` names it in the error where there is no such file."""
+    if not Path(path).is_file():
+        raise ValueError(f"there is no {path}: give {what}")
+    name = f"benchmarked_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is no Python file: give {what}")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # the compiler looks its globals up there
+    spec.loader.exec_module(module)
+    return module
 
 
 def benchmark_parser(description: str | None) -> argparse.ArgumentParser:

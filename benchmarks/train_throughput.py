@@ -2,9 +2,11 @@
 
     python -m benchmarks.train_throughput                                  # 64 x 1024 on CUDA, 4 x 256 on a CPU
     python -m benchmarks.train_throughput --batch-size 4 --seq-len 512 --memory --json memory.json
+    python -m benchmarks.train_throughput --nanogpt nanoGPT/model.py       # nanoGPT's model takes part
 
 The variants take turns, so each ratio is one of neighbouring steps; the table shows median and quartiles over the
-rounds. --memory also measures what a step holds above parameters, gradients and optimizer state.
+rounds. --memory also measures what a step holds above parameters, gradients and optimizer state. nanoGPT's model is
+compiled as in its train.py, has its own parameter groups and our weights; its loss must equal ours with its GELU.
 """
 
 import argparse
@@ -31,13 +33,17 @@ VARIANTS = {
 
 def measure(arguments: argparse.Namespace) -> dict:
     """Speed, MFU and memory of every variant, and the ratios of ours to the others."""
-    steps = {name: Step(VARIANTS[name], arguments) for name in arguments.variants}
+    variants = {name: VARIANTS[name] for name in arguments.variants}
+    if arguments.nanogpt:
+        variants["nanogpt"] = Variant(model="nanogpt")
+    steps = {name: Step(variant, arguments) for name, variant in variants.items()}
     seconds = time_in_turns(steps, rounds=arguments.rounds)
     figures = compare(seconds, amount=arguments.batch_size * arguments.seq_len, unit="tokens")
-    print_row("way", *HEAD)
+    print_row("way", *HEAD, "compiled")
     for name, row in figures["ways"].items():
         row |= steps[name].speed(seconds[name]) | (steps[name].memory() if arguments.memory else {})
-        print_row(name, *cells(row))
+        row["compiled"] = steps[name].how()
+        print_row(name, *cells(row), row["compiled"])
     return {"benchmark": "train_throughput", **figures}
 
 
@@ -45,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = step_parser(__doc__)
     default = ["ours", "ours-chunked", "stock", "stock-eager"]
     parser.add_argument("--variants", nargs="+", default=default, choices=list(VARIANTS))
+    parser.add_argument("--nanogpt", metavar="MODEL_PY", help="model.py of a checkout of nanoGPT, to race it too")
     parser.add_argument("--memory", action="store_true", help="also measure the memory of a step")
     arguments = parser.parse_args(argv)
     return command.run(lambda: finish(arguments, measure(arguments)))

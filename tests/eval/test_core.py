@@ -13,7 +13,8 @@ import pytest
 import torch
 import yaml
 
-from benchmarks.core_parity import ForNanochat, load_reference, reference_verdict
+from benchmarks.core_parity import ForNanochat, reference_verdict
+from benchmarks.measuring import load_file
 from configuration_gpt2repro import GPT2ReproConfig
 from eval import core_tasks
 from eval.core import core_figures, core_text, main, prepare_core, score_rows, task_figures
@@ -66,7 +67,7 @@ def reference():
     """nanochat's own code, from a checkout named by the environment."""
     if not (path := os.environ.get("NANOCHAT_CORE_EVAL")):
         pytest.skip("set NANOCHAT_CORE_EVAL to nanochat's nanochat/core_eval.py to compare with it")
-    return load_reference(path)
+    return load_file(path, "nanochat's nanochat/core_eval.py")
 
 
 @pytest.fixture(scope="module")
