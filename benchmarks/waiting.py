@@ -27,7 +27,7 @@ SCRIPT = "train_accelerate.py"
 ANSWERS = {  # what Python runs, with the exit code
     "--help": ([SCRIPT, "--help"], command.DONE),
     "an unknown field": ([SCRIPT, "--sed", "1"], command.USAGE),
-    "a value out of range": ([SCRIPT, "--learning_rate", "-1"], command.USAGE),
+    "a value out of range": ([SCRIPT, "--learning_rate", "-1"], command.EXPLAINED),
     "import torch, transformers": (["-c", "import torch; from transformers import PreTrainedModel"], command.DONE),
     "import modeling_gpt2repro": (["-c", "import modeling_gpt2repro"], command.DONE),
 }

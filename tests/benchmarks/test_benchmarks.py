@@ -2,17 +2,29 @@
 
 import importlib
 import json
+import math
+import os
 import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu_suite import PARTS, TINY, run_part
 from benchmarks.ladder import RUNGS
-from benchmarks.train_throughput import VARIANTS
+from benchmarks.roofline import profiled
+from benchmarks.train_throughput import VARIANTS, main
+from benchmarks.training_step import Step, Variant, make_nanogpt, step_parser
+from benchmarks.waiting import seconds_of
+from configuration_gpt2repro import GPT2ReproConfig
+from gpt2repro.command import EXPLAINED
+from gpt2repro.recipe import Recipe
 from gpt2repro.recipe_parser import parse_recipe
+from gpt2repro.train.optimizer import make_optimizer
+from modeling_gpt2repro import GPT2ReproForCausalLM
 from tests.conftest import ROOT, train_rows
 
 TINY_FLAGS = ["--device", "cpu", "--model-shape", "demo", "--batch-size", "2", "--seq-len", "32", "--rounds", "3"]
@@ -40,6 +52,68 @@ def test_the_comparison_prints_ratios_of_neighbouring_steps_and_one_json_line(tm
         assert row["mfu"] == "unknown"
         if sys.platform == "linux":
             assert row["above_state_bytes"] > 0
+
+
+NANOGPT = os.environ.get("NANOGPT_MODEL")  # model.py of a checkout of nanoGPT
+
+
+@pytest.mark.skipif(NANOGPT is None, reason="no nanoGPT: set NANOGPT_MODEL to its model.py")
+def test_nanogpts_model_takes_the_same_step_as_ours_with_its_weights():
+    arguments = step_parser("").parse_args([*TINY_FLAGS, "--seq-len", "64"])
+    arguments.nanogpt = NANOGPT
+    theirs = Step(Variant(model="nanogpt", precision="fp32", compile_mode=None), arguments)
+    ours = Step(Variant(precision="fp32", compile_mode=None), arguments)
+    config = GPT2ReproConfig(**ours.shape, vocab_size=50304, activation_function="gelu")
+    ours.model = GPT2ReproForCausalLM(config)
+    ours.model.load_state_dict(theirs.model.state_dict())
+    ours.optimizer = make_optimizer(ours.model, Recipe(learning_rate=6e-4))
+    ours.inputs, ours.options["shift_labels"] = theirs.inputs, theirs.options["targets"]
+    assert [theirs() for _ in range(3)] == pytest.approx([ours() for _ in range(3)], rel=1e-6)
+    assert all(group["fused"] for group in theirs.optimizer.param_groups)
+
+
+def test_a_rival_that_is_missing_or_computes_another_function_is_refused(tmp_path, capsys):
+    assert main([*TINY_FLAGS, "--nanogpt", str(tmp_path / "model.py")]) == EXPLAINED
+    assert capsys.readouterr().err == f"error: there is no {tmp_path}/model.py: give nanoGPT's model.py\n"
+    (tmp_path / "model.py").write_text(
+        "import types, torch\n"
+        "GPTConfig = lambda **sizes: types.SimpleNamespace(vocab_size=64, **sizes)\n"
+        "class GPT(torch.nn.Module):\n"
+        "    def __init__(self, config):\n"
+        "        super().__init__()\n"
+        "        self.config = config\n"
+        "    def load_state_dict(self, state): pass\n"
+        "    def forward(self, inputs, targets): return None, torch.tensor(4.0)\n"
+    )
+    with pytest.raises(ValueError, match=r"is another model: with the same weights its loss is 4\.0, ours 4\.08"):
+        make_nanogpt(str(tmp_path / "model.py"), {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 8},
+                     torch.arange(8)[None])  # fmt: skip
+
+
+def test_the_roofline_counts_the_flops_of_a_step_and_its_parts_are_no_longer_than_the_step():
+    step = Step(Variant(precision="fp32", compile_mode=None), step_parser("").parse_args(TINY_FLAGS))
+    whole, matmuls, parts, _ = profiled(step)
+    assert 0.5 * whole < sum(seconds for _, seconds in matmuls.values()) + sum(parts.values()) <= whole
+    with FlopCounterMode(display=False) as counter:
+        step()
+    counted = counter.get_flop_counts()["Global"]
+    attention = sum(flops for name, flops in counted.items() if "attention" in str(name))
+    flops = sum(calls * 2 * math.prod(shape) for shape, (calls, _) in matmuls.items())
+    assert flops == sum(counted.values()) - attention
+    assert parts["optimizer"] > 0 and parts["clip"] > 0
+
+
+@pytest.mark.slow
+def test_the_waits_at_a_tiny_size_end_and_a_warm_start_is_faster_than_a_cold_one(tmp_path):
+    run("benchmarks.waiting", "--model", "demo", "--repeats", "1", "--json", str(tmp_path / "f.json"))
+    seconds = {name: times[0] for name, times in json.loads((tmp_path / "f.json").read_text())["seconds"].items()}
+    assert 0 < seconds["--help"] < seconds["import modeling_gpt2repro"]
+    assert seconds["step 1, compiled, warm cache"] < seconds["step 1, compiled, cold cache"]
+
+
+def test_a_wait_for_a_process_that_fails_is_an_error_and_no_figure():
+    with pytest.raises(ValueError, match=r"ended with 3, expected 0:\nwhy"):
+        seconds_of(["-c", "import sys; sys.stderr.write('why'); sys.exit(3)"])
 
 
 @pytest.mark.slow
