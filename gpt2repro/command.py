@@ -31,6 +31,7 @@ COMMANDS = {
     "publish": "gpt2repro.hub.publish",
     "doctor": "gpt2repro.tools.doctor",
     "report": "gpt2repro.tools.report",
+    "scaling": "gpt2repro.tools.scaling",
     "sweep": "gpt2repro.tools.sweep",
     "inspect": "gpt2repro.tools.inspect",
     "app": "gpt2repro.tools.app",

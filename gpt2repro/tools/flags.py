@@ -66,6 +66,30 @@ def report(description: str | None, argv: list[str] | None) -> Namespace:
     return arguments
 
 
+def scaling(description: str | None, argv: list[str] | None) -> tuple[Recipe | None, Namespace]:
+    """The recipe (None: compare with published figures) and the command's own flags."""
+    parser = _parser(description)
+    parser.add_argument("recipe", nargs="?", help="the recipe's YAML; every field of it is also a flag")
+    parser.add_argument("--published", action="store_true", help="print published step times beside the prediction")
+    parser.add_argument("--card", default="H100", choices=["A100", "H100", "H200"], help="(default: %(default)s)")
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", default=[2**power for power in range(10)], help="numbers of them"
+    )
+    parser.add_argument("--efficiency", type=float, help="matmul FLOP/s of a step / the card's peak, 0 to 1")
+    parser.add_argument("--gradients", default="fp32", choices=["fp32", "bf16"], help="reduced by DDP (%(default)s)")
+    parser.add_argument("--dollars-per-hour", type=float, help="price of one card")
+    arguments, fields = parser.parse_known_args(argv)
+    mixed = arguments.published and (fields or arguments != parser.parse_args(["--published"]))
+    if mixed or not (arguments.published or arguments.recipe):
+        parser.error("give a recipe, or --published alone")
+    path = vars(arguments).pop("recipe")
+    if arguments.efficiency is not None and not 0 < arguments.efficiency <= 1:
+        parser.error(f"--efficiency is {arguments.efficiency}: give a share of the peak, above 0 and at most 1")
+    if min(arguments.gpus) < 1:
+        parser.error(f"--gpus has {min(arguments.gpus)}: give numbers of 1 and more")
+    return parse_recipe(["--recipe", path, *fields], default=path) if path else None, arguments
+
+
 def sweep(description: str | None, argv: list[str] | None) -> tuple[Namespace, list[str]]:
     """The sweep's own flags, and the recipe's fields as words."""
     parser = _parser(description)
