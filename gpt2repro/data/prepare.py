@@ -115,10 +115,15 @@ def encoded(batches: Iterable[tuple[list[Piece], Any]], workers: int, settings: 
     start = processes if workers > 1 else ThreadPoolExecutor
     with start(workers, initializer=_start_worker, initargs=settings) as pool:
         futures = (pool.submit(_encode, *batch) for batch in batches)
-        pending = deque(islice(futures, 3 * workers))
-        while pending:
-            yield pending.popleft().result()
-            pending.extend(islice(futures, 1))
+        try:
+            pending = deque(islice(futures, 3 * workers))
+            while pending:
+                yield pending.popleft().result()
+                pending.extend(islice(futures, 1))
+        except BrokenExecutor:  # a killed worker. The pool waits for ever for one that was being started meanwhile.
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
 
 
 # ---------------------------------------------------------------------------------------------------- a preparation
