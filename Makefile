@@ -4,7 +4,7 @@ PY := .venv/bin/python
 # Other fields of the demonstration's recipe, e.g. make demo DEMO="--max_steps 40 --output_dir runs/short" RUN=runs/short
 DEMO ?=
 RUN ?= runs/demo
-# make bench OUT=DIR BENCH="--dataset DIR --hellaswag FILE --tokenizer DIR"
+# make bench OUT=DIR BENCH="--dataset DIR --hellaswag FILE --tokenizer DIR", or "--only optimizers --dataset DIR"
 OUT ?= runs/bench
 BENCH ?=
 # make matrix MATRIX="floor newest"; --docs writes the rows into docs/compatibility.md

@@ -2,29 +2,25 @@
 # AdamW against the Muon pack at the size of GPT-2 124M on one GPU, each tuned over three learning rates, then the best
 # of both with three seeds; the same command again resumes after a stop.
 #
-#   benchmarks/experiments_gpu.sh 'path/to/corpus/train-*.jsonl.zst' TOKENIZER runs/experiments-gpu [MAX_STEPS]
+#   benchmarks/experiments_gpu.sh DATASET runs/experiments-gpu [MAX_STEPS [FLAGS OF THE RECIPE …]]
 #
 # Sized for 15 minutes of an H100: 10 runs of MAX_STEPS (default: 300) steps of 65,536 tokens are 197M tokens. They take
-# 7.0 minutes at llm.c's 468k tokens/s, and about 40 s per run to start and compile. TOKENIZER is a folder or a Hub id
-# with GPT-2's tokenizer. The last sweep's table compares the two by seed; optimizers.png has their curves.
+# 7.0 minutes at llm.c's 468k tokens/s, and about 40 s per run to start and compile. DATASET is a prepared dataset with
+# GPT-2's tokenizer (python -m gpt2repro.data.prepare). The last table compares the two by seed; optimizers.png has
+# their curves. `make bench BENCH="--only optimizers --dataset DATASET --minutes 15"` runs this within a time limit.
 set -eu
-corpus=$(realpath -m "$1") tokenizer=$(realpath -m "$2") out=$(realpath -m "$3") steps=${4:-300}
+dataset=$(realpath -m "$1") out=$(realpath -m "$2") steps=${3:-300} flags=("${@:4}")
 python=${PYTHON:-.venv/bin/python}
 cd "$(dirname "$0")/.."
-
-if [ ! -e "$out/corpus/dataset.json" ]; then
-    "$python" -m gpt2repro.data.prepare --source files --files "$corpus" --tokenizer "$tokenizer" --fast \
-        --out "$out/corpus"
-fi
 
 sweep() { # NAME ARGUMENTS …
     local name=$1
     shift
     echo "== $name"
     "$python" -m gpt2repro.tools.sweep recipes/gpt2-124m-10b.yaml --output "$out/$name" --source null \
-        --tokenizer null --dataset_dir "$out/corpus" --global_batch_tokens 65536 --micro_batch_size 32 \
+        --tokenizer null --dataset_dir "$dataset" --global_batch_tokens 65536 --micro_batch_size 32 \
         --max_steps "$steps" --save_every "$steps" --keep_last 1 --sample_every 0 --schedule wsd_linear \
-        --decay_ratio 0.7 --min_lr_ratio 0 --eval_tasks --eval_every 25 --eval_tokens 327680 "$@" || [ $? -eq 1 ]
+        --decay_ratio 0.7 --min_lr_ratio 0 --eval_tasks --eval_every 25 --eval_tokens 327680 "${flags[@]}" "$@" || [ $? -eq 1 ]
 }
 
 best() { # NAME FIELD: the value with the lowest mean loss

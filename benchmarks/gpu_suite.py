@@ -2,19 +2,23 @@
 
     make bench                                     # or: python -m benchmarks.gpu_suite --output DIR [--minutes 9.5]
     python -m benchmarks.gpu_suite --output DIR --tiny            # the same at a tiny size: tests the suite itself
+    python -m benchmarks.gpu_suite --output DIR --only optimizers --dataset DATA --minutes 15
 
 Needs torch, transformers, accelerate and pytest, and no network. Every part is a process of its own with a time
 limit; if one fails or takes too long, the others still run. At most three files are written: suite.json (every part:
 seconds, how it ended, its figures; commit, hardware, versions), suite.log (all output), and training.jsonl.
 
 With --dataset a short real training run is one of the parts, with --hellaswag and --tokenizer the scoring of items.
-The exit code is 1 if a check failed.
+--only names the parts to run. The part `optimizers` runs only if it is named: AdamW against the Muon pack at 124M
+(benchmarks/experiments_gpu.sh), with a picture of its own in DIR/optimizers; the same command again resumes it. The
+exit code is 1 if the first part failed: the checks.
 """
 
 import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,7 +32,8 @@ from gpt2repro.files import write_whole
 
 PART_MINUTES = 3.5  # the most for one part
 STEPS = "-m benchmarks.train_throughput --memory --batch-size 64 --seq-len 1024 --variants"
-# What Python runs for every part; the most important first, because time may run out. A word in braces is an option.
+# What Python, or bash for a script, runs for every part; the most important first, because time may run out. A word in
+# braces is an option.
 PARTS = {
     "checks": "-m pytest -q tests/benchmarks/test_step.py",
     "throughput": f"{STEPS} ours ours-chunked stock",
@@ -41,6 +46,7 @@ PARTS = {
     "--dtype bfloat16",
     "kernels": f"{STEPS} ours-chunked ours-flash ours-cudnn ours-max-autotune",
     "eager": f"{STEPS} ours-chunked stock-eager --rounds 3",  # may not fit in memory
+    "optimizers": "benchmarks/experiments_gpu.sh {dataset} {output}/optimizers",
 }
 # Options that --tiny adds; they replace those before them.
 TINY_STEP = "--model-shape demo --batch-size 2 --seq-len 64 --rounds 2"
@@ -53,6 +59,7 @@ TINY = {
     "hellaswag": "--items 8",
     "kernels": TINY_STEP,
     "eager": TINY_STEP,
+    "optimizers": "2 --model demo --seq_len 64 --global_batch_tokens 256 --micro_batch_size 2 --eval_tokens 512",
 }
 
 
@@ -62,12 +69,17 @@ def run_part(name: str, words: list[str], log_path: Path, *, seconds: float) -> 
     with log_path.open("a+", encoding="utf-8") as log:
         print(f"\n==== {name}", file=log, flush=True)
         start = log.seek(0, os.SEEK_END)
-        words = [sys.executable, *words]
-        try:
-            code = subprocess.run(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=seconds).returncode
-            ended = "done" if code == 0 else f"exit code {code}"
-        except subprocess.TimeoutExpired:
-            ended = "cut off"
+        words = [sys.executable if words[0].startswith("-") else "bash", *words]
+        environment = {**os.environ, "PYTHON": sys.executable}  # for a script
+        with subprocess.Popen(
+            words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        ) as process:
+            try:
+                code = process.wait(seconds)
+                ended = "done" if code == 0 else f"exit code {code}"
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # and the processes that it started
+                ended = "cut off"
         log.seek(start)
         lines = [line for line in log.read().splitlines() if line.startswith("{")]
     figures = json.loads(lines[-1]) if ended == "done" and lines else None
@@ -81,20 +93,27 @@ def run_suite(arguments: argparse.Namespace) -> int:
     log_path.write_text("", encoding="utf-8")
     figures: dict = {"benchmark": "gpu_suite", "machine": machine("cuda" if cuda else "cpu"), "parts": []}
     possible = {"training": arguments.dataset, "hellaswag": arguments.hellaswag, "kernels": cuda}
+    possible["optimizers"] = arguments.only and arguments.dataset
     for name, line in PARTS.items():
         left = deadline - time.perf_counter()
+        if arguments.only and name not in arguments.only:
+            continue
         if left < 5 or not possible.get(name, True):
-            print(f"{name:12} left out: {'no time left' if left < 5 else 'needs --dataset, --hellaswag or CUDA'}")
+            needs = "needs --dataset, --hellaswag, --only or CUDA"
+            print(f"{name:12} left out: {'no time left' if left < 5 else needs}")
             continue
         line += f" {TINY.get(name, '')}" if arguments.tiny else ""
         words = [word.format(**vars(arguments), run_dir=run_dir) for word in line.split()]
-        part = run_part(name, words, log_path, seconds=left if arguments.tiny else min(left, 60 * PART_MINUTES))
+        whole = arguments.tiny or name == "optimizers"
+        part = run_part(name, words, log_path, seconds=left if whole else min(left, 60 * PART_MINUTES))
         print(f"{name:12} {part['seconds']:6.1f} s  {part['ended']}", flush=True)
         figures["parts"].append(part)
         write_whole(out / "suite.json", json.dumps(figures, indent=1) + "\n")  # now: the machine may go away
         if (run_dir / "metrics.jsonl").exists():
             shutil.copy(run_dir / "metrics.jsonl", out / "training.jsonl")
     shutil.rmtree(run_dir, ignore_errors=True)
+    if not figures["parts"]:
+        raise ValueError("no part was run: give what they need, or more --minutes")
     return command.DONE if figures["parts"][0]["ended"] == "done" else command.EXPLAINED
 
 
@@ -103,6 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", required=True, help="folder for the results")
     parser.add_argument("--minutes", type=float, default=9.5, help="for all parts together")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: tests the suite, measures nothing")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="run these parts alone")
     parser.add_argument("--dataset", help="prepared dataset for a short real run")
     parser.add_argument("--hellaswag", help="HellaSwag items as JSONL, to time the scorer")
     parser.add_argument("--tokenizer", default="gpt2", help="folder with GPT-2's tokenizer, for --hellaswag")

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -137,7 +138,14 @@ def test_a_part_that_fails_or_hangs_is_reported_and_figures_come_back(tmp_path):
     assert "seen" in (tmp_path / "log").read_text()
 
 
-@pytest.mark.parametrize("name", PARTS)
+def test_a_part_that_is_cut_off_leaves_no_process_behind(tmp_path):
+    code = "import subprocess as s; child = s.Popen(['sleep', '600']); print(child.pid, flush=True); child.wait()"
+    assert run_part("part", ["-c", code], tmp_path / "log", seconds=3)["ended"] == "cut off"
+    child = int((tmp_path / "log").read_text().split()[-1])
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("name", PARTS.keys() - {"optimizers"})
 @pytest.mark.parametrize("tiny", [False, True])
 def test_the_options_of_every_part_exist(name, tiny):
     _, module, *words = f"{PARTS[name]} {TINY.get(name, '') if tiny else ''}".split()
@@ -166,6 +174,15 @@ def test_the_whole_suite_runs_at_a_tiny_size_and_writes_three_files(tmp_path, ti
     parts = json.loads((tmp_path / "suite.json").read_text())["parts"]
     assert {part["ended"] for part in parts} == {"done"}, parts
     assert {path.name for path in tmp_path.iterdir()} == {"suite.json", "suite.log", "training.jsonl"}
+
+
+@pytest.mark.slow
+def test_the_comparison_of_the_optimizers_runs_at_a_tiny_size_and_draws_a_picture(tmp_path, tiny_dataset):
+    out, options = str(tmp_path / "out"), ["--dataset", str(tiny_dataset), "--minutes", "30"]
+    run("benchmarks.gpu_suite", "--tiny", "--only", "optimizers", "--output", out, *options)
+    assert (tmp_path / "out" / "optimizers" / "optimizers.png").read_bytes().startswith(b"\x89PNG")
+    log = (tmp_path / "out" / "suite.log").read_text()
+    assert "| AdamW | " in log and "| Muon pack | " in log
 
 
 def test_two_processes_with_the_chunked_loss_learn_what_one_with_the_plain_loss_does(
