@@ -30,7 +30,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
 
     Raises:
         ValueError: several processes asked for and one started; a launcher that contradicts the recipe; a tracker
-            that is not installed (Accelerate would leave it out with a warning).
+            that is not installed (Accelerate would leave it out with a warning); averages of shards before torch 2.13.
     """
     device = torch.device(best_device())
     # `accelerate launch --cpu --num_processes 2` sets an address for the others, but starts none of them.
@@ -70,6 +70,13 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         raise ValueError(
             f"the launcher asks for {accelerator.distributed_type.value}: DDP and FSDP2 are supported; use "
             "accelerate_configs/ddp_8gpu.yaml or fsdp2_8gpu.yaml"
+        )
+    # Before 2.13, FSDP2 keeps a gathered head after a forward that computes the loss without logits, until the next
+    # backward. The averages of the head and the embedding would not be in it.
+    if accelerator.is_fsdp2 and recipe.ema_decay and torch.__version__ < (2, 13):
+        raise ValueError(
+            f"ema_decay is {recipe.ema_decay} on sharded processes with torch {torch.__version__}, which measures the "
+            "averaged weights wrongly: use torch 2.13 or newer, or ema_decay 0"
         )
     asked = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1))
     derived = recipe.accumulation_steps(world_size)

@@ -23,6 +23,7 @@ from tests.conftest import train_rows
 from tests.test_train import assert_same_bits
 
 MUON = {"optimizer": "muon", "muon_learning_rate": 6e-3}
+AVERAGES_SHARDS = torch.__version__ >= (2, 13)
 PACK = {
     **MUON, "muon_weight_decay": 0.3, "muon_momentum": 0.9, "muon_split_qkv": "true", "muon_normalise_rows": "true",
     "muon_cautious_decay": "true", "embedding_lr_ratio": 1.5, "vector_lr_ratio": 0.5, "ema_decay": 0.8,
@@ -325,6 +326,13 @@ def test_the_averaged_weights_are_measured_and_loaded_as_a_variant(pack_run, tin
         assert train_rows(pack_run, kind)[8]["loss"] == pytest.approx(loss, abs=1e-5)
 
 
+@pytest.mark.skipif(AVERAGES_SHARDS, reason="this torch can average sharded weights")
+def test_averages_of_sharded_weights_are_refused_where_torch_keeps_the_gathered_ones(train_script, sharded, tmp_path):
+    output = train_script(tmp_path / "run", exit_code=1, **sharded, **PACK)
+    assert "ema_decay is 0.8 on sharded processes" in output and not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not AVERAGES_SHARDS, reason="ema_decay with FSDP2 needs torch 2.13")
 def test_sharded_over_two_processes_every_option_does_what_it_does_in_one(pack_run, train_script, sharded, tmp_path):
     train_script(tmp_path / "run", **sharded, **PACK)
     for kind in ("train", "val", "val_ema"):
