@@ -62,5 +62,5 @@ def test_sixty_steps_have_the_losses_of_the_lectures_loop(train_script, tiny_dat
     rows = train_rows(tmp_path / "run")
     assert [row["lr"] for row in rows.values()] == pytest.approx([lecture_lr(step) for step in range(STEPS)])
     assert max(row["grad_norm"] for row in rows.values()) > 1.0  # so that clipping counts
-    assert expected[-1] < expected[0] - 1
+    assert expected[-1] < expected[0] - 0.5
     assert [row["loss"] for row in rows.values()] == pytest.approx(expected, abs=1e-5)
