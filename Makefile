@@ -10,6 +10,16 @@ BENCH ?=
 # make matrix MATRIX="floor newest"; --docs writes the rows into docs/compatibility.md
 MATRIX ?=
 
+define NEXT
+
+The curves are in $(RUN)/curves.png. Four commands that lead on:
+  .venv/bin/python -m gpt2repro.tools.app $(RUN)/latest  # talk to it, on a web page of this machine
+  .venv/bin/python train_accelerate.py --text README.md  # your own text: name your file instead
+  .venv/bin/python -m gpt2repro.tools.inspect $(RUN)/latest --output $(RUN)/inside.png  # look inside
+  .venv/bin/accelerate launch train_accelerate.py --recipe recipes/gpt2-124m-1gpu.yaml  # GPT-2 124M (GPU, network)
+endef
+export NEXT
+
 .PHONY: demo test check slow matrix bench verify-gpt2 clean
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -20,6 +30,7 @@ MATRIX ?=
 demo: .venv/.installed  ## train a small GPT-2 on Python's own documentation, draw its curves, let it write
 	$(PY) train_accelerate.py --recipe recipes/demo.yaml $(DEMO)
 	$(PY) -m gpt2repro.tools.report $(RUN) --output $(RUN)/curves.png
+	@echo "$$NEXT"
 
 test: .venv/.installed  ## every test but the long campaigns
 	$(PY) -m pytest -q
