@@ -1,6 +1,6 @@
-"""docs/lecture does what it prints, and the documents name only what there is.
+"""docs/lecture, docs/library.md and docs/tutorials do what they print, and the documents name only what there is.
 
-    python -m tests.test_lecture          # runs every cell and writes its output into the pages
+    python -m tests.test_lecture [FILE …]      # runs every cell and writes its output into the pages and notebooks
 """
 
 import ast
@@ -24,28 +24,47 @@ import yaml
 from gpt2repro.recipe_parser import DEFAULT_RECIPE, parse_recipe
 from tests.conftest import ENVIRONMENT, ROOT
 
-PAGES = sorted((ROOT / "docs" / "lecture").glob("*.md"))
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *PAGES]
+LECTURE = sorted((ROOT / "docs" / "lecture").glob("*.md"))
+PAGES = [*LECTURE, ROOT / "docs" / "library.md"]
+NOTEBOOKS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
+DOCUMENTS = [ROOT / "README.md", ROOT / "Makefile", *sorted((ROOT / "docs").glob("*.md")), *LECTURE, *NOTEBOOKS]
 CELL = re.compile(r"(?:<!-- numbers within ([\d.]+) % -->\n)?```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 RUNNER = """
-import contextlib, io, json, sys
+import base64, contextlib, io, json, sys
+import matplotlib.pyplot as plt
 namespace, outputs = {}, []
 for cell in json.load(sys.stdin):
     with contextlib.redirect_stdout(io.StringIO()) as output:
         exec(cell, namespace)
-    outputs.append(output.getvalue())
+    pictures = []
+    for number in plt.get_fignums():
+        plt.figure(number).savefig(png := io.BytesIO(), dpi=100)
+        pictures.append(base64.b64encode(png.getvalue()).decode())
+    plt.close("all")
+    outputs.append([output.getvalue(), pictures])
 json.dump(outputs, sys.stdout)
 """
 
 
-def run_cells(page: Path, folder: str | Path) -> list[str]:
-    """What each cell of a page prints; all in one fresh process, in `folder`."""
-    cells = [cell for _, cell, _ in CELL.findall(page.read_text(encoding="utf-8"))]
+def cells_of(page: Path) -> list[tuple[float, str, str]]:
+    """Each cell of a page or notebook: by how many percent its numbers may differ, its code, what is printed below."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".md":
+        return [(float(percent or 0), cell, printed) for percent, cell, printed in CELL.findall(text)]
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    printed = ["".join(line for output in cell["outputs"] for line in output.get("text", ())) for cell in cells]
+    return [(cell["metadata"].get("percent", 0), "".join(cell["source"]), below)
+            for cell, below in zip(cells, printed, strict=True)]  # fmt: skip
+
+
+def run_cells(page: Path, folder: str | Path) -> list[tuple[str, list[str]]]:
+    """What each cell prints, and its pictures as PNG in base64; all cells in one fresh process, in `folder`."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", RUNNER], input=json.dumps(cells), capture_output=True, text=True, cwd=folder,
-        timeout=600, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
+        [sys.executable, "-c", RUNNER], input=json.dumps([cell for _, cell, _ in cells_of(page)]), text=True,
+        capture_output=True, cwd=folder, timeout=600,
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -59,12 +78,16 @@ def agree(found: str, printed: str, *, percent: float) -> bool:
     )
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if CELL.search(page.read_text())], ids=lambda page: page.stem)
+RUN = [page for page in [*PAGES, *NOTEBOOKS] if page.suffix == ".ipynb" or CELL.search(page.read_text())]
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_the_cells_of_a_page_print_what_stands_below_them(page, tmp_path):
-    cells = CELL.findall(page.read_text(encoding="utf-8"))
-    assert len(cells) == page.read_text().count("```python\n"), "a cell without its output"
-    for (percent, cell, printed), found in zip(cells, run_cells(page, tmp_path), strict=True):
-        assert agree(found, printed, percent=float(percent or 0)), f"{cell}\nprinted {found!r}\nnot {printed!r}"
+    cells = cells_of(page)
+    if page.suffix == ".md":
+        assert len(cells) == page.read_text().count("```python\n"), "a cell without its output"
+    for (percent, cell, printed), (found, _) in zip(cells, run_cells(page, tmp_path), strict=True):
+        assert agree(found, printed, percent=percent), f"{cell}\nprinted {found!r}\nnot {printed!r}"
 
 
 def test_outputs_differ_in_their_text_and_in_numbers_beyond_the_tolerance():
@@ -107,7 +130,7 @@ def test_every_name_that_a_page_quotes_is_in_its_file(page):
 
 
 def test_the_lecture_has_its_nineteen_segments_each_with_its_place_and_a_cell():
-    text = "".join(page.read_text(encoding="utf-8") for page in PAGES if page.stem != "README")
+    text = "".join(page.read_text(encoding="utf-8") for page in LECTURE if page.stem != "README")
     segments = re.split(r"^## (?=\d+\. )", text, flags=re.MULTILINE)[1:]
     assert [int(segment.split(".")[0]) for segment in segments] == list(range(1, 20))
     for segment in segments:
@@ -124,7 +147,10 @@ FOREIGN = ("eval.lm_eval_model",)  # another library's command, with its flags
 
 def quoted_commands(document: Path) -> list[list[str]]:
     """The words of every command in a document, without comments; code in a text may break its line once."""
-    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    text = document.read_text(encoding="utf-8")
+    if document.suffix == ".ipynb":
+        text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] != "code")
+    text = text.replace("\\\n", " ")
     text = re.sub(r"(?<!`)`[^`\n]+\n[^`\n]+`", lambda span: span[0].replace("\n", " "), text)
     return [command.split(" #")[0].split() for command in COMMAND.findall(text)]
 
@@ -185,13 +211,26 @@ def test_every_command_that_a_document_quotes_exists_and_knows_its_flags(documen
 
 
 def record(page: Path) -> None:
-    """Write what the cells of a page print now into it."""
+    """Write what the cells of a page or notebook print now into it."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = iter(run_cells(page, folder))
     text = page.read_text(encoding="utf-8")
-    page.write_text(CELL.sub(lambda cell: cell[0][: cell.start(3) - cell.start()] + next(outputs) + "```", text))
+    if page.suffix == ".md":
+        page.write_text(
+            CELL.sub(lambda cell: cell[0][: cell.start(3) - cell.start()] + next(outputs)[0] + "```", text)
+        )
+        return
+    notebook = json.loads(text)
+    for cell in (cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
+        printed, pictures = next(outputs)
+        stream = {"name": "stdout", "output_type": "stream", "text": printed.splitlines(keepends=True)}
+        cell["outputs"] = [stream] if printed else []
+        cell["outputs"] += [
+            {"data": {"image/png": png}, "metadata": {}, "output_type": "display_data"} for png in pictures
+        ]
+    page.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    for lecture_page in PAGES:
-        record(lecture_page)
+    for named in map(Path, sys.argv[1:] or RUN):
+        record(named)
