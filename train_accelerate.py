@@ -1,6 +1,7 @@
 """Pre-train GPT-2: one run, readable from top to bottom.
 
     python train_accelerate.py                                             # recipes/demo.yaml
+    python train_accelerate.py --text my.txt                               # your own text: gpt2repro/own_text.py
     accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml train_accelerate.py \\
         --recipe recipes/gpt2-124m-10b.yaml --micro_batch_size 64          # the reproduction
 
@@ -24,6 +25,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -145,8 +147,8 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
             log.write(step, kind, **values)
             if kind == "val":
                 early_stop.add(step, values["loss"])
-        if (best := early_stop.best) is not None:
-            processes.on_main_process(accelerator, lambda: folder.mark_best(best))
+                if (best := early_stop.best) is not None:
+                    processes.on_main_process(accelerator, partial(folder.mark_best, best))
 
     # Evaluate before the first step, so that what cannot work fails now. After a resume this is done already, unless
     # the run was stopped between its save and its evaluation.

@@ -59,9 +59,11 @@ def _read(path: Path) -> str:
 
 def explanation(recipe: Recipe) -> str:
     """What was chosen and why, for a person."""
+    steps = f"{recipe.max_steps:,} steps of {recipe.global_batch_tokens:,} tokens"
+    if recipe.max_minutes:
+        steps = f"at most {steps}: {EPOCHS} passes over the text, or {LEAST_STEPS} steps if these are more"
     return (
-        f"from the size of the text: tokenizer {recipe.tokenizer}, a model of {recipe.n_layer or 4} layers, at most "
-        f"{recipe.max_steps:,} steps of {recipe.global_batch_tokens:,} tokens\n"
-        f"({EPOCHS} passes over the text, at least {LEAST_STEPS} steps); the last tenth of the text validates\n"
-        f"the run is {recipe.output_dir}, its data {recipe.dataset_dir[0]}; flags change fields, as --dropout 0.2"
+        f"by the size of the text: tokenizer {recipe.tokenizer}, {recipe.n_layer or 4} layers, {steps}\n"
+        f"the last tenth of the text validates; the run is {recipe.output_dir}, its data {recipe.dataset_dir[0]}\n"
+        "every field of the recipe is a flag, such as --dropout 0.2"
     )

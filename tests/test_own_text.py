@@ -145,7 +145,8 @@ def test_one_command_trains_on_a_text_resumes_after_ctrl_c_and_ends_early_with_t
     process.send_signal(signal.SIGINT)
     first = end(process)
     assert process.returncode == 75, first
-    assert "tokenizer train:270" in first and "of at most 60 minutes" in first
+    assert "tokenizer train:270, 1 layers, at most 200 steps of 512 tokens" in first
+    assert "of at most 60 minutes" in first
 
     process = start()
     second = end(process)

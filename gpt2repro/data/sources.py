@@ -191,7 +191,7 @@ def _files(patterns: list[str], *, text_field: str = "text", part: tuple[int, in
 def _own_text(patterns: list[str]) -> Source:
     """Plain text of any suffix; the first nine tenths of each file's bytes are for training, the rest validates."""
     paths = list(dict.fromkeys(path for pattern in patterns for path in _matching(pattern)))
-    entries = {path: {"file": path.name, "bytes": path.stat().st_size} for path in paths}
+    entries: dict[Path, dict] = {path: {"file": path.name, "bytes": path.stat().st_size} for path in paths}
 
     def documents(position: int | None = None) -> Iterator[Document]:
         for number in range(position or 0, 2 * len(paths)):

@@ -36,7 +36,7 @@ class MetricsLog:
         self._file: FileIO | None = None
         self.trackers = trackers
         self._bar = tqdm(total=max_steps, initial=step, unit="step", disable=None if path and max_steps else True)
-        self._shown = -math.inf
+        self._shown, self._max_steps = -math.inf, max_steps
         if path is None:
             return
         rows = read_metrics(path)
@@ -127,7 +127,7 @@ class MetricsLog:
             if not self._bar.disable or time.monotonic() - self._shown < SECONDS_BETWEEN_LINES:
                 return
             self._shown = time.monotonic()
-            tokens_left = values.get("tokens", 0) / step * (self._bar.total - step)
+            tokens_left = values.get("tokens", 0) / step * (self._max_steps - step)
             lines = [f"{line}, {tokens_left / speed / 60:,.1f} minutes left" if speed else line]
         else:
             lines = row_text(kind, values)
