@@ -63,7 +63,7 @@ class Recipe:
     global_batch_tokens: int = _option(524_288, "tokens in an optimizer step, over all processes", least=1, most=2**32)
     micro_batch_size: int = _option(16, "sequences per process and micro-step (B): what fits the memory", least=1)
     max_steps: int = _option(19_073, "optimizer steps", least=1)
-    max_minutes: float = _option(0.0, "lower max_steps to what this machine does in that time; 0: no", least=0)
+    max_minutes: float = _option(0.0, "lower max_steps to what the machine does in them; 0: no", least=0, most=1e6)
     # the optimizer
     optimizer: str = _option("adamw", "muon is Muon for the matrices of the blocks and AdamW for the rest")
     learning_rate: float = _option(6e-4, "peak learning rate", least=0)
