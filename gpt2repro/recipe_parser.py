@@ -28,6 +28,23 @@ from gpt2repro.recipe import CHOICES, Recipe
 
 RECIPES = files("gpt2repro.recipes")  # of the checkout or the wheel
 DEFAULT_RECIPE, OWN_TEXT_RECIPE = (Path(str(RECIPES / name)) for name in ("demo.yaml", "shakespeare.yaml"))
+PROMPT = "sample_prompt"  # the field that is a text of a person's: it may be empty, and ~ in it is no folder
+# As people write numbers. Python also reads 1__0 as 10, ５ as 5, and 1.000 as the whole number 1.
+WHOLE = re.compile(r"[+-]?(\d+|\d{1,3}(,\d{3})+|\d{1,3}(_\d{3})+|(\d+\.?\d*|\.\d+)[eE][+]?\d+)", re.ASCII)
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+
+class _Texts(yaml.BaseLoader):
+    """Every scalar is a text, which the field's type converts: YAML itself reads 6e-4 as a text, `no` as false, 12:30
+    as 750 and 010 as 8. A key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        found = super().construct_mapping(node, deep=deep)
+        if len(found) < len(node.value):
+            names = [key.value for key, _ in node.value]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise yaml.constructor.ConstructorError(None, None, f"{twice} stands there twice", node.start_mark)
+        return found
 
 
 def read_recipe(argv: list[str] | None = None, *, announce: bool = False) -> Recipe:
@@ -58,22 +75,25 @@ def parse_recipe(argv: list[str], *, default: str | Path) -> Recipe:
     """
     known, unknown = _parser(default).parse_known_args(argv)
     given = vars(known)
-    text, path = given.pop("text", None), given.pop("recipe", None) or (default if not argv else None)
+    text, path = given.pop("text", None), given.pop("recipe", None if argv else default)
     problems = [_unknown(word, "flag") for word in unknown if word.startswith("--")]
     if unknown and not problems:
         problems = [f"{' '.join(unknown)!r} stands alone on the command line: flags are --field value"]
     chosen: own_text.Words = {}
     if text is not None:
-        if also := given.keys() & {"source", "files"} | ({"recipe"} if path else set()):
+        if also := given.keys() & {"source", "files"} | ({"recipe"} if path is not None else set()):
             raise UsageError(f"--text is a recipe and a source by itself: leave --{' and --'.join(sorted(also))} out")
         path, chosen = OWN_TEXT_RECIPE, own_text.fields_for(text)
         if "max_steps" in given:
             del chosen["max_minutes"]
-    settings = (_read_yaml(Path(path), problems) if path else {}) | chosen | given
+    settings = ({} if path is None else _read_yaml(Path(path), problems)) | chosen | given
     values, hints = {}, typing.get_type_hints(Recipe)
     for name, value in settings.items():
         try:
-            values[name] = _convert(value, hints[name])
+            if name in given and value == "" and name != PROMPT:  # "$CHECKPOINT" that is not set
+                raise ValueError
+            converted = _convert(value, hints[name])
+            values[name] = value if name == PROMPT else converted
         except (TypeError, ValueError, InvalidOperation):
             problems.append(f"{name} is {value!r}: expected {_spoken(hints[name])}")
     if problems:
@@ -103,17 +123,24 @@ def _parser(default: str | Path) -> argparse.ArgumentParser:
         shown = f"; one of {', '.join(CHOICES[item.name])}" if item.name in CHOICES else ""
         shown += "" if default_value in (None, ()) else f" (default: {default_value})"
         names = sorted({f"--{item.name}", f"--{item.name.replace('_', '-')}"}, reverse=True)
-        nargs = "*" if isinstance(item.default, tuple) else None
+        kind: dict[str, Any] = {"nargs": "*", "action": _Once} if isinstance(item.default, tuple) else {}
         help_line = (item.metadata["help"] + shown).replace("%", "%%")
-        parser.add_argument(*names, dest=item.name, metavar="VALUE", nargs=nargs, help=help_line)
+        parser.add_argument(*names, dest=item.name, metavar="VALUE", help=help_line, **kind)
     return parser
+
+
+class _Once(argparse.Action):
+    """A flag with a list of values: given twice, the first list would be lost without a word."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if hasattr(namespace, self.dest):
+            parser.error(f"{option_string} is given twice: give all values after one of them")
+        setattr(namespace, self.dest, values)
 
 
 def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        # Every scalar is a text, which the field's type converts: YAML itself reads 6e-4 as a text, `no` as false,
-        # 12:30 as 750 and 010 as 8.
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Texts)
     except FileNotFoundError:
         nearby = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "none"
         raise UsageError(f"there is no recipe at {path}: recipes beside it: {nearby}") from None
@@ -154,13 +181,15 @@ def _convert(value: str | list[str], hint: Any) -> Any:
         if value.lower() not in ("true", "false"):
             raise ValueError
         return value.lower() == "true"
-    if target is int:  # 524,288 and 1e9 are whole numbers; 0,5 and 1,00 are none
-        whole = Decimal(value.replace(",", "") if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+", value) else value)
-        if not whole.is_finite() or whole != whole.to_integral_value() or abs(whole) > 2**63:
+    if not (WHOLE if target is int else NUMBER).fullmatch(value):
+        raise ValueError
+    exact = Decimal(value.replace(",", ""))
+    if target is int:
+        if exact != exact.to_integral_value() or abs(exact) > 2**63:
             raise ValueError
-        return int(whole)
+        return int(exact)
     number = float(value)
-    if not math.isfinite(number):
+    if not math.isfinite(number) or (exact and not number):  # 1e999, 1e-999
         raise ValueError
     return number
 

@@ -28,6 +28,9 @@ VALUES = [
     ("n_layer", "~", None),
     ("muon_learning_rate", "null", None),
     ("init_from", "null", None),
+    ("max_steps", "1.5e3", 1500),
+    ("learning_rate", ".5", 0.5),
+    ("sample_prompt", "~/notes", "~/notes"),
 ]
 # A field, its text, and what is expected instead.
 MISTAKES = [
@@ -43,6 +46,15 @@ MISTAKES = [
     ("n_layer", "many", "a whole number or null"),
     ("shuffle", "no", "true or false"),
     ("output_dir", "null", "a text"),
+    ("max_steps", "1__0", "a whole number"),
+    ("max_steps", "20251125_10", "a whole number"),
+    ("max_steps", "1.000", "a whole number"),
+    ("max_steps", "５", "a whole number"),
+    ("max_steps", "NaN", "a whole number"),
+    ("learning_rate", "0_6e-4", "a number"),
+    ("learning_rate", "٥", "a number"),
+    ("learning_rate", "1e-400", "a number"),
+    ("learning_rate", ".inf", "a number"),
 ]
 
 
@@ -90,6 +102,9 @@ def test_a_list_may_be_one_text_several_or_none(by_yaml):
         (["--files", ""], "files is ['']: expected a list of texts"),
         (["--files", "a.txt", ""], "files is ['a.txt', '']: expected a list of texts"),
         (["--learning_rate", ""], "learning_rate is '': expected a number"),
+        (["--init_from", ""], "init_from is '': expected a text or null"),
+        (["--n_layer="], "n_layer is '': expected a whole number or null"),
+        (["--resume", ""], "resume is '': expected a text"),
     ],
 )
 def test_an_empty_value_is_one_error(flags, problem):
@@ -98,9 +113,24 @@ def test_an_empty_value_is_one_error(flags, problem):
     assert str(error.value) == problem
 
 
-def test_an_empty_folder_is_one_error_and_an_empty_prompt_is_none():
+def test_an_empty_recipe_or_folder_is_one_error_and_an_empty_prompt_is_none():
+    with pytest.raises(UsageError, match=r"the recipe \. cannot be read"):
+        by_flag("--recipe", "")
+    assert by_flag("--sample_prompt", "").sample_prompt == ""
     with pytest.raises(ValueError, match=r"^output_dir is empty: give a folder$"):
-        by_flag("--output_dir", "", "--sample_prompt", "").check()
+        Recipe(output_dir="").check()
+
+
+@pytest.mark.parametrize("text", ["seed: 1\nmax_steps: 5\nseed: 2", "seed: 1\n'seed': 1", "files: [{a: 1, a: 2}]"])
+def test_a_key_that_stands_twice_in_a_recipe_is_one_error(by_yaml, text):
+    with pytest.raises(UsageError, match=r"recipe\.yaml cannot be read: (seed|a) stands there twice"):
+        by_yaml(text)
+
+
+def test_a_list_that_is_given_twice_is_one_error(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        by_flag("--files", "a.txt", "--files", "b.txt")
+    assert "--files is given twice: give all values after one of them" in capsys.readouterr().err
 
 
 def test_a_list_or_a_mapping_is_no_number(by_yaml):
