@@ -95,6 +95,7 @@ def device_memory_bytes(device: torch.device) -> int:
 # stands first.
 PEAK_FLOPS = {
     "GH200": 989.4e12,
+    "H200 NVL": 835.0e12,
     "H200": 989.4e12,
     "H100 PCIe": 756.0e12,
     "H100 NVL": 835.0e12,

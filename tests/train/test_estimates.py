@@ -125,6 +125,12 @@ def test_model_flops_of_gpt2_124m_are_855_million_a_token():
         ("NVIDIA GeForce RTX 3090 Ti", None),
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
         ("NVIDIA H20", None),
+        ("NVIDIA H200 NVL", 835.0),
+        ("NVIDIA H100 NVL", 835.0),
+        ("NVIDIA L40G", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA T400 4GB", None),
+        ("NVIDIA B200", None),
     ],
 )
 def test_a_card_is_found_by_its_whole_name(monkeypatch, name, tera):
