@@ -7,13 +7,16 @@ Exit codes: 0 done, 1 an error that was explained, 2 wrong usage, 75 stopped by 
 before anything was saved, 141 the reader of standard output is gone.
 """
 
+import argparse
 import contextlib
 import importlib
 import io
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 DONE, EXPLAINED, USAGE, STOPPED_BY_SIGNAL, INTERRUPTED, NO_READER = 0, 1, 2, 75, 130, 141
 # The name of each command and its module, which has a main().
@@ -43,6 +46,28 @@ class UsageError(ValueError):
     """A command line or recipe that cannot be read; the command ends with exit code 2."""
 
 
+class Parser(argparse.ArgumentParser):
+    """The flags of a command. An empty value, as of a shell's variable that is not set, is wrong usage: it would mean
+    none without a word. `~` is the home folder after `=` too, where no shell says so. A prompt is as it is given.
+    """
+
+    def __init__(self, description: str | None, **settings: Any) -> None:
+        style = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=style, allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            values = value if isinstance(value, list) else [value]
+            if name == "prompt":
+                continue
+            if "" in values:
+                self.error(f"--{name.replace('_', '-')} is empty: give a value, or leave it out")
+            home = [type(each)(os.path.expanduser(each)) if isinstance(each, str | Path) else each for each in values]
+            setattr(found, name, home if isinstance(value, list) else home[0])
+        return found, rest
+
+
 def run(work: Callable[[], int | None], *, errors_only: bool = False) -> int:
     """Do `work` and return the exit code.
 
@@ -51,6 +76,8 @@ def run(work: Callable[[], int | None], *, errors_only: bool = False) -> int:
     libraries' own warnings.
     """
     quiet_libraries(errors_only=errors_only)
+    # Closed by the shell (>&-): Python then has None in its place, and the next file that is opened its number.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a text that the terminal cannot show ends no command
@@ -67,6 +94,10 @@ def run(work: Callable[[], int | None], *, errors_only: bool = False) -> int:
         return USAGE
     except (ValueError, OSError, ImportError) as error:
         explain(error)
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk: what is left would fail again at the exit
+            discard_output()
         return EXPLAINED
     except KeyboardInterrupt:
         explain(InterruptedError("interrupted; run the same command again"))

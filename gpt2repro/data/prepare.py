@@ -9,7 +9,6 @@ kill or a full disk the same command resumes: `.preparing/state.json` records wh
 in the source. This process reads, checks and cuts documents and writes tokens; workers only encode.
 """
 
-import argparse
 import multiprocessing
 import os
 import re
@@ -354,7 +353,7 @@ def _recorded_settings(out: Path) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m gpt2repro.data.prepare", description=str(__doc__).splitlines()[0])
+    parser = command.Parser(str(__doc__).splitlines()[0], prog="python -m gpt2repro.data.prepare")
     add = parser.add_argument
     add("--source", required=True, choices=sources.SOURCES)
     add("--files", nargs="+", metavar="GLOB", help=f"{' '.join(sources.FILES)} (--source files)")

@@ -3,19 +3,16 @@
 Each function takes the command's description and its words (None: those of the process) and returns what they say.
 """
 
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 
+from gpt2repro.command import Parser
 from gpt2repro.data.shards import FORMATS
 from gpt2repro.recipe import Recipe
 from gpt2repro.recipe_parser import parse_recipe
 
 
-def _parser(description: str | None) -> ArgumentParser:
-    return ArgumentParser(allow_abbrev=False, description=description, formatter_class=RawDescriptionHelpFormatter)
-
-
 def app(description: str | None, argv: list[str] | None) -> Namespace:
-    parser = _parser(description)
+    parser = Parser(description)
     parser.add_argument("model", help="checkpoint folder or Hub id of a causal language model")
     parser.add_argument("--port", type=int, default=7860, help="of 127.0.0.1 (default: %(default)s)")
     return parser.parse_args(argv)
@@ -23,7 +20,7 @@ def app(description: str | None, argv: list[str] | None) -> Namespace:
 
 def doctor(description: str | None, argv: list[str] | None) -> tuple[Recipe, Namespace]:
     """The recipe and the doctor's own flags."""
-    parser = _parser(description)
+    parser = Parser(description)
     parser.add_argument("recipe", help="the recipe's YAML; every field of it is also a flag")
     parser.add_argument("--processes", type=int, default=1, help="how many will train (default: %(default)s)")
     parser.add_argument("--sharded", action="store_true", help="each of them holds a part of every tensor (FSDP2)")
@@ -34,7 +31,7 @@ def doctor(description: str | None, argv: list[str] | None) -> tuple[Recipe, Nam
 
 
 def inspect(description: str | None, argv: list[str] | None) -> Namespace:
-    parser = _parser(description)
+    parser = Parser(description)
     parser.add_argument("paths", nargs="+", metavar="PATH", help="prepared dataset, checkpoint folder or Hub id")
     parser.add_argument("--verify", action="store_true", help="recompute every recorded sha256")
     parser.add_argument("--output", "--histogram", metavar="PNG", help="draw document lengths, or position embeddings")
@@ -44,7 +41,7 @@ def inspect(description: str | None, argv: list[str] | None) -> Namespace:
 
 
 def report(description: str | None, argv: list[str] | None) -> Namespace:
-    parser = _parser(description)
+    parser = Parser(description)
     parser.add_argument("runs", nargs="*", help="folders of runs")
     parser.add_argument("--output", help="write the picture to this PNG file")
     parser.add_argument("--html", help="write one page to this file")
@@ -92,7 +89,7 @@ def scaling(description: str | None, argv: list[str] | None) -> tuple[Recipe | N
 
 def sweep(description: str | None, argv: list[str] | None) -> tuple[Namespace, list[str]]:
     """The sweep's own flags, and the recipe's fields as words."""
-    parser = _parser(description)
+    parser = Parser(description)
     parser.add_argument("recipe", help="the recipe's YAML; every field of it is also a flag")
     parser.add_argument("--set", action="append", required=True, metavar="FIELD=VALUES", help="values with commas")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each setting (default: %(default)s)")
@@ -105,7 +102,7 @@ def sweep(description: str | None, argv: list[str] | None) -> tuple[Namespace, l
 
 
 def verify(description: str | None, argv: list[str] | None) -> Namespace:
-    parser = _parser(description)
+    parser = Parser(description)
     parser.add_argument("--model", default="openai-community/gpt2", help="stock GPT-2 124M (default: %(default)s)")
     parser.add_argument("--data", help="JSONL file of HellaSwag's validation items (default: the Hub's)")
     return parser.parse_args(argv)
