@@ -82,8 +82,8 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
     device, world_size, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     loss_impl = loss_form(recipe, device)
     data = open_data(recipe, accelerator)
-    vocabulary = {"vocab_size": data.vocab_size, "eot_id": data.eot_id}
-    raw = processes.on_every_process(lambda: initial.initial_model(recipe, **vocabulary))
+    settings = {"vocab_size": data.vocab_size, "eot_id": data.eot_id, "verify": accelerator.is_main_process}
+    raw = processes.on_every_process(lambda: initial.initial_model(recipe, **settings))
     raw.train().to(device)
     facts = {"dataset": data.facts(), "model": model_facts(raw)}
     folder = RunFolder(recipe.output_dir)

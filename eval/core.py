@@ -18,6 +18,7 @@ if command.starting(__name__):
     command.parse_early(lambda: flags.core(__doc__, None))
 
 import argparse
+import os
 import platform
 import sys
 import time
@@ -68,7 +69,7 @@ def prepare_core(spec: str, tokenizer) -> PreparedCore:
     if limit and not (limit.isdecimal() and int(limit)):
         raise ValueError(f"{spec!r} is no benchmark: CORE is core, core:LIMIT or core:LIMIT=BUNDLE_FOLDER")
     rows = int(limit) if limit else None
-    tasks = read_bundle(bundle or bundle_folder())
+    tasks = read_bundle(os.path.expanduser(bundle) or bundle_folder())
     return PreparedCore([(task, read_rows(task, limit=rows)) for task in tasks], tokenizer, rows)
 
 

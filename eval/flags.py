@@ -6,25 +6,28 @@ Each function takes the command's description and its words (None: those of the 
 import argparse
 from pathlib import Path
 
+from gpt2repro.command import Parser
 from gpt2repro.data.shards import FORMATS
+from gpt2repro.hub.flags import add_no_verify
 
 from .tasks import TASKS
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def model_parser(description: str | None) -> argparse.ArgumentParser:
+def model_parser(description: str | None) -> Parser:
     """A parser with the options that every command with a model has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description)
     parser.add_argument("--model", required=True, help="checkpoint folder or Hub id of a causal language model")
     parser.add_argument("--tokenizer", help="folder or Hub id, where the tokenizer is not beside the model")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the weights (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu, … (default: the accelerator, else cpu)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code beside the weights")
+    add_no_verify(parser)
     return parser
 
 
-def _benchmark_parser(description: str | None) -> argparse.ArgumentParser:
+def _benchmark_parser(description: str | None) -> Parser:
     parser = model_parser(description)
     parser.add_argument("--data", help="JSONL file of the task's items (default: the Hub's dataset)")
     styles = "how items are rendered (default: completion for hellaswag, harness for every other task)"

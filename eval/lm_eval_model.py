@@ -16,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 import modeling_gpt2repro  # noqa: F401 (the import registers our classes with the Auto classes)
+from gpt2repro.hub.loading import check_finite
 
 from .scoring import Sequences, score_items
 
@@ -27,11 +28,12 @@ class FastLM(HFLM):
     """lm-eval's `hf` model with our scores.
 
     Raises:
-        ValueError: an encoder-decoder, which has no tokens before a continuation.
+        ValueError: an encoder-decoder, which has no tokens before a continuation, or weights that are not finite.
     """
 
     def __init__(self, *arguments, **options) -> None:
         super().__init__(*arguments, **options)
+        check_finite(self.model.name_or_path, self.model)
         if self.backend != "causal":
             raise ValueError(f"{NAME} takes causal language models, not {self.backend} ones: use lm-eval's hf")
 

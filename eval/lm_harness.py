@@ -19,8 +19,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from .loading import best_device
-from .output import check_output, write_results
+from .loading import best_device, load_from
+from .output import check_output, measured, write_results
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -35,6 +35,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     tasks, manager = arguments.tasks.split(","), TaskManager(include_path=arguments.include_path)
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ValueError(f"lm-eval has no task {', '.join(unknown)}: lm_eval ls tasks lists them")
+    identity = measured(load_from(arguments)[0], arguments.model)  # lm-eval would also score damaged or NaN weights
     options = {name: getattr(arguments, name) for name in ("tokenizer", "dtype", "trust_remote_code")}
     model = "hf"
     if arguments.fast:
@@ -48,7 +49,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         return
     print(make_table(outcome))
     figures = {"results": outcome["results"], "versions": outcome["versions"], "lm_eval": lm_eval.__version__}
-    write_results(output, {**figures, "lm_eval_model": model})
+    write_results(output, {**identity, **figures, "lm_eval_model": model})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_gpt2repro  # noqa: F401 (the import registers our classes with the Auto classes)
 from gpt2repro.files import linked
-from gpt2repro.hub.loading import base_of_adapter, from_pretrained, refuse_damage, with_adapter
+from gpt2repro.hub.loading import base_of_adapter, check_weights, from_pretrained, refuse_damage, with_adapter
 from gpt2repro.train.devices import best_device
 
 # An embedding that was padded for speed has more rows than its tokenizer has tokens (GPT-2: 50304 for 50257; published
@@ -24,11 +24,12 @@ MAX_PADDED_ROWS = 1024
 
 def load_model(
     name: str, *, tokenizer: str | None = None, dtype: str = "float32", device: str | None = None,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = False, verify: bool = True,
 ):
     """The causal LM at `name` (a folder or a Hub id) in evaluation mode, and its tokenizer.
 
-    A folder with a LoRA adapter of peft's is its base model with the adapter merged into the weights.
+    A folder with a LoRA adapter of peft's is its base model with the adapter merged into the weights. `verify`
+    compares the files of a run's checkpoint with its record.
 
     Raises:
         ValueError: no checkpoint there, weights that are missing or not finite, a tokenizer of another model, or a
@@ -43,12 +44,13 @@ def load_model(
         )
     if base := base_of_adapter(folder):
         beside = name if (folder / "tokenizer_config.json").exists() else None
-        options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "verify": verify}
         model, its_tokenizer = load_model(base, tokenizer=tokenizer or beside, **options)
         return with_adapter(model, folder).eval(), its_tokenizer
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{name} holds no config.json: give a checkpoint folder, e.g. {name}/latest")
-    refuse_damage(folder)
+    if verify:
+        refuse_damage(folder)
     device = device or best_device()
     try:
         torch.empty(0, device=device)
@@ -67,22 +69,10 @@ def load_model(
             f"{name} needs the code beside its weights: read it, and give --trust-remote-code (in Python "
             "trust_remote_code=True)"
         ) from None
-    _check_weights(name, model, report)
+    check_weights(name, model, report)
     loaded_tokenizer = from_pretrained(AutoTokenizer, tokenizer or name, what="tokenizer", **trust)
     check_vocabulary(model, loaded_tokenizer)
     return model.to(device).eval(), loaded_tokenizer
-
-
-def _check_weights(name: str, model, report: dict) -> None:
-    """Refuse a model with tensors that the library initialised at random, or with NaN or infinite weights."""
-    random = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
-    if random:
-        raise ValueError(
-            f"{name} has no weights of the right shape for {len(random)} tensors, such as {random[0]}: save it again"
-        )
-    for key, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            raise ValueError(f"{name} has NaN or infinite weights in {key}: give an earlier checkpoint")
 
 
 def check_vocabulary(model, tokenizer) -> None:
@@ -118,5 +108,5 @@ def start_token(tokenizer) -> int:
 
 def load_from(arguments: argparse.Namespace):
     """`load_model` with what `flags.model_parser` parsed."""
-    options = ("tokenizer", "dtype", "device", "trust_remote_code")
+    options = ("tokenizer", "dtype", "device", "trust_remote_code", "verify")
     return load_model(arguments.model, **{name: getattr(arguments, name) for name in options})

@@ -18,6 +18,7 @@ if command.starting(__name__):
     command.parse_early(lambda: flags.multiple_choice(__doc__, None))
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def prepare_task(spec: str, tokenizer, *, max_length: int) -> PreparedTask | Pre
         else:
             style = option
     style = task_style(task, style)
-    rows = read_rows(task, data=data or None, limit=limit)
+    rows = read_rows(task, data=os.path.expanduser(data) or None, limit=limit)
     items = encode([render(row, task, style) for row in rows], tokenizer, max_length=max_length)
     return PreparedTask(task, style, items)
 

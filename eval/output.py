@@ -20,8 +20,8 @@ def check_output(output: str | None, *, items: bool = False) -> None:
     """
     if not output:
         return
-    if Path(output).suffix == ".jsonl":
-        raise UsageError(f"--output is {output}: give the name of a JSON file; items go to the .jsonl beside it")
+    if Path(output).suffix != ".json":  # a.x and a.y would have the same items, a.jsonl
+        raise UsageError(f"--output is {output}: give a name that ends in .json; items go to the .jsonl beside it")
     for path in (Path(output), Path(output).with_suffix(".jsonl"))[: 1 + items]:
         replaceable = path.is_file() and (path.stat().st_size == 0 or _holds_results(path))
         if path.exists() and not replaceable:

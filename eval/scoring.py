@@ -212,6 +212,8 @@ def score_items(
     if parts:
         # Read once, at the end: a read at every batch would let the device wait for the host.
         log_probs, likeliest = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+        if np.isnan(log_probs).any():  # of which a choice would be the best one all the same
+            raise ValueError(f"the scores are NaN in {model.dtype}: give --dtype float32, or an earlier checkpoint")
         answered = [query for batch in batches for tree in batch for query in tree.queries]
         ends = np.cumsum([len(targets) for _, targets in answered])[:-1]
         split = (np.split(log_probs.astype(np.float64), ends), np.split(likeliest, ends))

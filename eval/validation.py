@@ -176,6 +176,10 @@ def _measure(arguments: argparse.Namespace) -> None:
     else:
         shape["stride"] = seq_len if arguments.stride is None else arguments.stride
         rows = [{"measured_on": file, **_text_loss(model, tokenizer, file, **shape)} for file in arguments.text]
+    for row in rows:
+        if not math.isfinite(row["loss"]):
+            what = f"{row['measured_on']}: the loss is {row['loss']} in {arguments.dtype}"
+            raise ValueError(f"{what}: give --dtype float32, or an earlier checkpoint")
     outcome = rows[0]
     if len(rows) > 1:
         outcome = {**_mean(rows), "measured_on": ", ".join(arguments.text), "texts": rows}

@@ -117,7 +117,8 @@ def _parser(default: str | Path) -> argparse.ArgumentParser:
         description="Pre-train a GPT-2. Every field of a recipe is also a flag.",
     )  # fmt: skip
     parser.add_argument("--recipe", metavar="YAML", help=f"the recipe to start from (without any argument: {default})")
-    parser.add_argument("--text", metavar="FILE", nargs="+", help="train on these files of text: chooses the rest")
+    text_help = "train on these files of text: chooses the rest"
+    parser.add_argument("--text", metavar="FILE", nargs="+", action=_Once, help=text_help)
     for item in fields(Recipe):
         default_value = item.default[0] if isinstance(item.default, tuple) and item.default else item.default
         shown = f"; one of {', '.join(CHOICES[item.name])}" if item.name in CHOICES else ""

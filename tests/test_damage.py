@@ -85,6 +85,21 @@ def test_a_flipped_bit_in_a_checkpoint_is_named_by_every_command_that_reads_one(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "text"]
 
 
+def test_a_flag_turns_the_comparison_with_the_record_off(unbroken_run, tmp_path):
+    checkpoint = shutil.copytree(unbroken_run / "step-00000008", tmp_path / "checkpoint")
+    (tmp_path / "text").write_text("a text")
+    flip(checkpoint / "model.safetensors", -4)  # the last bit of a number
+    read = {
+        validate: ["--model", checkpoint, "--text", tmp_path / "text"],
+        sample: ["--model", checkpoint, "--prompt", "a", "--max-new-tokens", "1"],
+        convert: [checkpoint, tmp_path / "out", "--to", "gpt2"],
+        gguf: [checkpoint, tmp_path / "out.gguf"],
+    }
+    for main, arguments in read.items():
+        assert main([str(word) for word in arguments]) == 1
+        assert main([*(str(word) for word in arguments), "--no-verify"]) == 0
+
+
 def test_the_weights_of_a_checkpoint_load_without_its_optimizer_state(unbroken_run, tmp_path, capsys):
     checkpoint = shutil.copytree(unbroken_run / "step-00000008", tmp_path / "checkpoint")
     (checkpoint / "optimizer.safetensors").unlink()

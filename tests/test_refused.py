@@ -25,6 +25,8 @@ REFUSED = {
         ["--recipe", "recipe.yaml", "--output_dir", "new", "--resume", "nowhere"],
         ["--recipe", "recipe.yaml", "--output_dir", "new", "--eval_tasks", "piqa=broken.jsonl"],
         ["--recipe", "recipe.yaml", "--output_dir", "thesis"],
+        ["--recipe", "recipe.yaml", "--output_dir", "new", "--init_from", ""],
+        ["--recipe", ""],
         ["--recipe", "recipe.yaml", "--output_dir", "run", "--seed", "7"],
         ["--recipe", "recipe.yaml", "--output_dir", "new", "--dataset_dir", "new-data", "--source", "files",
          "--files", "broken.jsonl", "--tokenizer", "train:300"],
@@ -37,6 +39,7 @@ REFUSED = {
         ["--source", "files", "--files", "piqa.jsonl", "--tokenizer", "data", "--out", "new"],
         ["--source", "files", "--files", "piqa.jsonl", "--tokenizer", "train:300", "--out", "new"],
         ["--source", "files", "--files", "text.txt", "--tokenizer", "train:9", "--out", "new"],
+        ["--source", "files", "--files", "text.txt", "--tokenizer", "data", "--text-field", "", "--out", "new"],
         ["--source", "files", "--files", "text.txt", "--tokenizer", "data", "--val-tokens", "999999", "--out", "new"],
     ],
     "eval validation": [
@@ -45,6 +48,8 @@ REFUSED = {
         [*MODEL, "--text", "nowhere.txt", "--output", "new.json"],
         [*MODEL, "--text", "text.txt", "--seq-len", "9999", "--output", "new.json"],
         [*MODEL, "--dataset", "thesis", "--output", "new.json"],
+        [*MODEL, "--text", "text.txt", "--output", ""],
+        [*MODEL, "--text", "text.txt", "--tokenizer", "", "--output", "new.json"],
     ],
     "eval multiple-choice": [
         [*MODEL, "--task", "piqa", "--data", "piqa.jsonl", "--output", "piqa.json"],
@@ -59,8 +64,13 @@ REFUSED = {
     "eval core": [
         [*MODEL, "--bundle", "thesis", "--output", "new.json"],
         [*MODEL, "--bundle", "thesis", "--output", "text.txt"],
+        [*MODEL, "--bundle", "", "--output", "new.json"],
+        [*MODEL, "--tasks", "", "--output", "new.json"],
     ],
-    "eval lm-harness": [[*MODEL, "--tasks", "piqa", "--output", "text.txt"]],
+    "eval lm-harness": [
+        [*MODEL, "--tasks", "piqa", "--output", "text.txt"],
+        [*MODEL, "--tasks", "piqa", "--output", ""],
+    ],
     "sample": [[*MODEL, "--prompt", "a", "--num-samples", "0"], ["--model", "./nowhere", "--prompt", "a"]],
     "convert": [
         ["./nowhere", "new", "--to", "gpt2"],
@@ -68,6 +78,7 @@ REFUSED = {
         ["run/latest", "text.txt", "--to", "gpt2"],
         ["run/latest", "new", "--to", "gpt2", "--tokenizer", "./nowhere"],
         ["data", "new", "--to", "gpt2repro"],
+        ["run/latest", "new", "--to", "gpt2", "--tokenizer", ""],
     ],
     "gguf": [["run/latest", "text.txt"], ["./nowhere", "new.gguf"], ["data", "new.gguf"]],
     "publish": [
@@ -75,6 +86,7 @@ REFUSED = {
         ["run/latest", "--repo-id", "../model", "--dry-run", "new"],
         ["data", "--repo-id", "me/model", "--dry-run", "new"],
         ["./nowhere", "--repo-id", "me/model", "--dry-run", "new"],
+        ["run/latest", "--repo-id", "me/model", "--dry-run", "new", "--license", ""],
     ],
     "doctor": [["nowhere.yaml"], ["broken.yaml"]],
     "report": [["nowhere"], ["thesis"], ["run", "--output", "text.txt"], ["run", "--html", "piqa.jsonl"]],

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 
@@ -62,7 +63,11 @@ def terms_of(source: str | Path | None) -> dict[str, Any]:
     if (folder / RECORD).is_file() and (run := RunFolder(folder.parent).record()):
         return terms_of(run["recipe"].get("init_from"))
     readme = folder / "README.md"
-    metadata = ModelCard.load(readme).data.to_dict() if readme.is_file() else {}
+    try:
+        metadata = ModelCard.load(readme).data.to_dict() if readme.is_file() else {}
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the head of {readme} is no YAML ({reason}): mend or delete it") from None
     return {name: metadata[name] for name in ("license", "language", "base_model") if name in metadata}
 
 
@@ -70,7 +75,7 @@ def _training_facts(state: dict, run: dict, rows: list[dict], text: str) -> list
     last, recipe, source = run["starts"][-1], run["recipe"], run["dataset"].get("source") or {}
     hub_source = [source[key] for key in ("dataset", "config", "revision") if source.get(key)]
     steps = [row for row in rows if row["kind"] == "train"]
-    loss = steps[-1]["loss"] if steps else None
+    loss = steps[-1].get("loss") if steps else None
     speeds = [row["tokens_per_second"] for row in steps if row.get("tokens_per_second")]
     return [
         ("steps", f"{state['step']:,} of {recipe['max_steps']:,}, {recipe['global_batch_tokens']:,} tokens each"),

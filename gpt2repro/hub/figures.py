@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from gpt2repro.files import file_sha256
+from gpt2repro.run.checkpoints import AVERAGE
 
 METRICS = ("core", "acc", "acc_norm", "loss", "perplexity", "bits_per_byte")
 # The fields that show that a JSON file is one of eval's: of a benchmark, of CORE, of a validation.
@@ -36,7 +37,7 @@ def file_figures(checkpoint: Path) -> Figures:
     weights = weights_sha256(checkpoint) if of_eval else None
     figures: Figures = {}
     for figure in of_eval:
-        if figure.get("weights_sha256") == weights:
+        if weights and figure.get("weights_sha256") == weights:
             name = figure["task"] if "task" in figure else Path(figure["measured_on"]).name
             figures[name, figure.get("style")] = figure
     return figures
@@ -73,8 +74,12 @@ def read_json(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def weights_sha256(folder: str | Path) -> str:
-    """The sha256 of a folder's weights: of the file, or of the hashes of several files in the order of their names."""
-    kinds = ("model*.safetensors", "pytorch_model*.bin")  # not the optimizer's
-    hashes = [file_sha256(file) for kind in kinds for file in sorted(Path(folder).glob(kind))]
-    return hashes[0] if len(hashes) == 1 else sha256("".join(hashes).encode()).hexdigest()
+def weights_sha256(folder: str | Path) -> str | None:
+    """The sha256 of a folder's weights: of the file, or of the hashes of several files in the order of their names.
+
+    None where the folder holds none by the names that the library gives them.
+    """
+    kinds = ("model*.safetensors", "pytorch_model*.bin", "adapter_model*")  # not the optimizer's
+    files = [file for kind in kinds for file in sorted(Path(folder).glob(kind)) if file.name != AVERAGE]
+    hashes = [file_sha256(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else sha256("".join(hashes).encode()).hexdigest() if hashes else None

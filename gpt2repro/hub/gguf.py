@@ -31,7 +31,7 @@ from gpt2repro.hub.loading import load_tokenizer
 GPT2_PRE_TOKENIZER = json.loads(pre_tokenizers.ByteLevel(add_prefix_space=False).__getstate__())
 
 
-def write_gguf(checkpoint: str | Path, file: str | Path) -> int:
+def write_gguf(checkpoint: str | Path, file: str | Path, *, verify: bool = True) -> int:
     """Write `file`, whole or not at all; returns the number of its tensors.
 
     Raises:
@@ -45,7 +45,7 @@ def write_gguf(checkpoint: str | Path, file: str | Path) -> int:
     file = Path(file)
     if file.exists():
         raise ValueError(f"{file} exists: give another name, or remove it first")
-    model = load_as_gpt2repro(checkpoint)
+    model = load_as_gpt2repro(checkpoint, verify=verify)
     config = model.config
     if config.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
         raise ValueError(f"activation_function is {config.activation_function}: llama.cpp's GPT-2 has only gelu_new")
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     args = flags.gguf(__doc__, argv)
 
     def work() -> None:
-        count = write_gguf(args.checkpoint, args.file)
+        count = write_gguf(args.checkpoint, args.file, verify=args.verify)
         print(f"{args.file}: {count} float32 tensors, {args.file.stat().st_size:,} bytes")
 
     return command.run(work, errors_only=True)

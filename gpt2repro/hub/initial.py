@@ -33,8 +33,8 @@ def take_shape(recipe: Recipe, *, world_size: int = 1) -> Recipe:
     return recipe
 
 
-def initial_model(recipe: Recipe, *, vocab_size: int, eot_id: int) -> GPT2ReproForCausalLM:
-    """The model of a recipe, on the CPU.
+def initial_model(recipe: Recipe, *, vocab_size: int, eot_id: int, verify: bool = True) -> GPT2ReproForCausalLM:
+    """The model of a recipe, on the CPU. `verify`: of several processes one is enough to compare hashes.
 
     Raises:
         ValueError: `init_from` cannot be loaded, or does not fit the recipe.
@@ -42,7 +42,7 @@ def initial_model(recipe: Recipe, *, vocab_size: int, eot_id: int) -> GPT2ReproF
     config = GPT2ReproConfig(**recipe.shape(), vocab_size=vocab_size, bos_token_id=eot_id, eos_token_id=eot_id)
     torch.manual_seed(recipe.seed)
     if recipe.init_from:
-        model = load_as_gpt2repro(recipe.init_from, vocab_size=vocab_size)
+        model = load_as_gpt2repro(recipe.init_from, vocab_size=vocab_size, verify=verify)
         check_fit(model, config, init_from=recipe.init_from)
         set_end_of_text(model, eot_id)
     else:

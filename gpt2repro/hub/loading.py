@@ -7,10 +7,13 @@ from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.utils import validate_repo_id
+from torch.nn import Parameter
 from transformers import AutoTokenizer
 
 from gpt2repro.hub.upload import hub_is_reachable
 from gpt2repro.run.checkpoints import RECORD, verify_checkpoint
+
+CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")  # buffers that older files of GPT-2 hold beside the weights
 
 
 def from_pretrained(loader: Any, source: str | Path, *, what: str = "checkpoint", **options: Any) -> Any:
@@ -40,12 +43,41 @@ def refuse_damage(source: str | Path) -> None:
         verify_checkpoint(Path(source), to_resume=False)
 
 
+def check_weights(source: str | Path, model: Any, info: dict[str, Any]) -> None:
+    """Refuse weights that are not those of the configuration, or not finite.
+
+    `info` is the library's report of the loading: it makes up random tensors for missing ones, and leaves out those
+    of a configuration with fewer layers.
+    """
+    problems = [
+        *(f"missing: {name}" for name in info["missing_keys"]),
+        *(f"wrong shape: {name} {list(shape)}" for name, shape, _ in info["mismatched_keys"]),
+    ]
+    if model.config.model_type in ("gpt2", "gpt2repro"):  # others leave out tensors of tasks that are not theirs
+        problems += [f"unexpected: {name}" for name in info["unexpected_keys"] if not name.endswith(CAUSAL_MASKS)]
+    if problems:
+        named = ", ".join(sorted(problems)[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
+        raise ValueError(f"the tensors of {source} are not those of its configuration ({named})")
+    check_finite(source, model)
+
+
+def check_finite(source: str | Path, model: Any) -> None:
+    """Refuse NaN in a model, and infinite weights; a mask is infinite."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.isnan().any() or (isinstance(tensor, Parameter) and tensor.isinf().any()):
+            what = f"NaN or infinite weights in {name} ({str(tensor.dtype).removeprefix('torch.')})"
+            raise ValueError(f"{source} has {what}: give an earlier checkpoint")
+
+
 def base_of_adapter(source: str | Path) -> str | None:
     """The model that a folder with a LoRA adapter of peft's belongs to, as the adapter names it; else None."""
     folder = Path(source)
     if (folder / "config.json").exists() or not (folder / "adapter_config.json").is_file():
         return None
-    return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    try:
+        return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'adapter_config.json'} names no base model ({reason(error)})") from None
 
 
 def with_adapter(model: Any, folder: str | Path) -> Any:
@@ -55,9 +87,11 @@ def with_adapter(model: Any, folder: str | Path) -> Any:
     except ImportError:
         raise ValueError(f"{folder} holds a LoRA adapter: pip install peft, which merges it") from None
     try:
-        return PeftModel.from_pretrained(model, folder).merge_and_unload()
+        merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
     except Exception as error:  # a damaged file makes the libraries raise almost anything
         raise ValueError(f"the LoRA adapter in {folder} does not load ({reason(error)})") from error
+    check_finite(folder, merged)
+    return merged
 
 
 def load_tokenizer(source: str | Path) -> Any:

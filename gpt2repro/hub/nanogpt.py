@@ -15,9 +15,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from configuration_gpt2repro import GPT2ReproConfig
-from gpt2repro.hub.loading import reason
+from gpt2repro.hub.loading import CAUSAL_MASKS, reason
 
-CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")  # buffers that older files hold beside the weights
 GPT2_TOKENS, GPT2_ROWS, MAX_PADDING = 50257, 50304, 128  # rows are tokens padded to a multiple of 64 or 128
 
 

@@ -186,9 +186,10 @@ def load_checkpoint(
             f"{path / OPTIMIZER} is not of this optimizer: it holds {len(tensors)} tensors of other names"
         )
     for name, tensor in tensors.items():
-        if tensor.shape != current[name].shape:  # a fused kernel would read past its end
-            shapes = f"{list(tensor.shape)}, not {list(current[name].shape)}"
-            raise ValueError(f"{path / OPTIMIZER} is not of this model: {name} has shape {shapes}")
+        now = current[name]
+        if (tensor.shape, tensor.dtype) != (now.shape, now.dtype):  # a fused kernel would read past its end
+            kinds = f"{list(tensor.shape)} {tensor.dtype}, not {list(now.shape)} {now.dtype}"
+            raise ValueError(f"{path / OPTIMIZER} is not of this model: {name} has shape {kinds}")
     for name, now in current.items():
         if isinstance(now, DTensor):  # this process's shard of it; every process has read the whole
             whole = tensors[name].to(now.device)
@@ -220,6 +221,8 @@ def verify_checkpoint(path: Path, *, to_resume: bool = True) -> dict[str, Any]:
 
     def verify(name: str) -> None:
         file, expected = path / name, record["files"][name]
+        if Path(name).name != name:  # publish would upload it
+            raise ValueError(f"{path / RECORD} names {name!r}, which is outside of the folder: {advice}")
         if not file.is_file():
             raise ValueError(f"{file} is missing: {advice}")
         if file.stat().st_size != expected["bytes"]:

@@ -65,7 +65,7 @@ def report(description: str | None, argv: list[str] | None) -> Namespace:
 
 def scaling(description: str | None, argv: list[str] | None) -> tuple[Recipe | None, Namespace]:
     """The recipe (None: compare with published figures) and the command's own flags."""
-    parser = _parser(description)
+    parser = Parser(description)
     parser.add_argument("recipe", nargs="?", help="the recipe's YAML; every field of it is also a flag")
     parser.add_argument("--published", action="store_true", help="print published step times beside the prediction")
     parser.add_argument("--card", default="H100", choices=["A100", "H100", "H200"], help="(default: %(default)s)")

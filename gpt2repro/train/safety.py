@@ -95,7 +95,7 @@ class BadSteps:
         self._windows: dict[str, deque[float]] = {name: deque(maxlen=OUTLIER_WINDOW) for name in ("loss", "grad_norm")}
         train = [row for row in rows if row["kind"] == "train"]
         for row in train[-OUTLIER_WINDOW:]:
-            self._z_scores(row["loss"], row["grad_norm"])
+            self._z_scores(row.get("loss"), row.get("grad_norm"))
         bad = {row["step"] for row in rows if row["kind"] == "bad_step"}
         self.in_a_row = sum(1 for _ in takewhile(lambda row: row["step"] in bad, reversed(train)))
 

@@ -1,5 +1,6 @@
 """What loads as a model for evaluation, what is refused, and what the commands say of themselves."""
 
+import copy
 import importlib
 import json
 import shutil
@@ -8,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eval import multiple_choice, validation
 from eval.loading import load_model
+from gpt2repro.hub.loading import check_finite
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 
@@ -62,21 +65,48 @@ def test_a_device_that_does_not_exist_is_one_error(checkpoint):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda weights, key: weights.pop(key), r"no weights of the right shape for 1 tensors, such as .*\.weight"),
-        (lambda weights, key: weights.update({key: weights[key][:3].clone()}), "no weights of the right shape"),
+        (lambda weights, key: weights.pop(key), r"not those of its configuration \(missing: .*c_fc\.weight\)"),
+        (lambda weights, key: weights.update({key: weights[key][:3].clone()}), r"\(wrong shape: .*\[3, 32\]\)"),
+        (lambda weights, key: weights.update({key.replace("1", "2"): weights[key].clone()}), r"\(unexpected: .*h\.2"),
         (lambda weights, key: weights[key][0].fill_(float("nan")), r"NaN or infinite weights in .*c_fc\.weight"),
         (lambda weights, key: weights[key][0].fill_(float("inf")), "give an earlier checkpoint"),
+        (lambda weights, key: weights[key][0].fill_(1e6), r"infinite weights in .*c_fc\.weight \(float16\)"),
     ],
-    ids=["missing", "another shape", "NaN", "infinite"],
+    ids=["missing", "another shape", "another layer", "NaN", "infinite", "too large for float16"],
 )
-def test_weights_that_are_missing_or_not_finite_are_refused(checkpoint, tmp_path, damage, message):
+def test_weights_that_are_not_the_configurations_or_not_finite_are_refused(checkpoint, tmp_path, damage, message):
     damaged = tmp_path / "damaged"
     shutil.copytree(checkpoint, damaged)
     weights = load_file(damaged / "model.safetensors")
     damage(weights, "transformer.h.1.mlp.c_fc.weight")
     save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=message):
-        load_model(str(damaged), device="cpu")
+        load_model(str(damaged), device="cpu", dtype="float16" if "float16" in message else "float32")
+
+
+def test_nan_in_a_buffer_is_refused_and_an_infinite_mask_is_none():
+    model = torch.nn.BatchNorm1d(2)
+    model.register_buffer("mask", torch.full((2, 2), -torch.inf))
+    check_finite("model", model)
+    model.running_mean[1] = torch.nan
+    with pytest.raises(ValueError, match="model has NaN or infinite weights in running_mean"):
+        check_finite("model", model)
+
+
+def test_a_model_that_computes_nan_is_one_error_and_no_figure(tiny_model, bpe, tmp_path, capsys):
+    model = copy.deepcopy(tiny_model)
+    model.transformer.wte.weight.data *= 1e38  # finite, but not its squares
+    for part in (model, bpe):
+        part.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.json").write_text("The man throws the ball.")
+    item = {"goal": "Throw it.", "sol1": "far", "sol2": "near", "label": 0}
+    (tmp_path / "piqa.jsonl").write_text(json.dumps(item) + "\n")
+    words = ["--model", str(tmp_path / "model"), "--device", "cpu", "--output", str(tmp_path / "new.json")]
+    assert validation.main([*words, "--text", str(tmp_path / "text.json")]) == 1
+    assert "text.json: the loss is nan in float32: give --dtype float32, or" in capsys.readouterr().err
+    assert multiple_choice.main([*words, "--task", "piqa", "--data", str(tmp_path / "piqa.jsonl")]) == 1
+    assert "the scores are NaN in torch.float32" in capsys.readouterr().err
+    assert not (tmp_path / "new.json").exists()
 
 
 def test_a_truncated_file_of_weights_is_one_error(checkpoint, tmp_path):

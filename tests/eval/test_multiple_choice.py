@@ -345,7 +345,7 @@ def test_a_row_of_another_form_is_named_in_every_task(task, fields):
         render(Row("items.jsonl, line 7", fields), task)
 
 
-@pytest.mark.parametrize("output", ["t.json", "t.jsonl", "other.json", "folder.json"])
+@pytest.mark.parametrize("output", ["t.json", "t.jsonl", "other.json", "folder.json", "new", "new.x", "link.json"])
 def test_an_output_that_would_replace_a_file_of_another_kind_is_refused(
     checkpoint, tmp_path, monkeypatch, capsys, output
 ):
@@ -353,6 +353,7 @@ def test_an_output_that_would_replace_a_file_of_another_kind_is_refused(
     (tmp_path / "t.jsonl").write_text(json.dumps(GOOD) + "\n")
     (tmp_path / "other.json").write_text("{}")
     (tmp_path / "folder.json").mkdir()
+    (tmp_path / "link.json").symlink_to("t.jsonl")
     assert main(["--model", str(checkpoint), "--data", "t.jsonl", "--output", output, "--device", "cpu"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and "give" in line

@@ -338,6 +338,14 @@ def test_tensors_that_do_not_fit_are_named(stock_folder, tmp_path, tiny_dataset,
     assert "has a head of its own" in line
 
 
+def test_weights_that_are_not_finite_are_refused(unbroken_run, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(unbroken_run / "latest")
+    model.transformer.ln_f.bias.data[3] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    line = refusal(capsys, tmp_path / "model", "--tokenizer", unbroken_run / "latest", tmp_path / "out")
+    assert "NaN or infinite weights in transformer.ln_f.bias (float32)" in line
+
+
 def test_damaged_files_are_refused(stock_folder, tmp_path, tiny_dataset, capsys):
     for content in (b"", b"garbage", (stock_folder / "pytorch_model.bin").read_bytes()[:5000]):
         (stock_folder / "pytorch_model.bin").write_bytes(content)

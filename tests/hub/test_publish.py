@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 import train_accelerate
 from eval.multiple_choice import main as score
 from eval.validation import main as validate
+from gpt2repro.files import seal
 from gpt2repro.hub import push
 from gpt2repro.hub.convert import convert
-from gpt2repro.hub.figures import eval_results
+from gpt2repro.hub.figures import eval_results, weights_sha256
 from gpt2repro.hub.publish import main
 from gpt2repro.hub.push import AGAIN, BackgroundPush
 from gpt2repro.recipe import Recipe
@@ -263,6 +264,29 @@ def test_only_the_files_of_a_checkpoints_record_are_published(run, tmp_path, cap
     (latest / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
     line = refusal(capsys, latest, "--repo-id", "me/model", "--dry-run", tmp_path / "linked")
     assert "tokenizer.json is a symbolic link" in line
+
+
+def test_a_record_that_names_a_file_outside_of_its_folder_is_refused(run, tmp_path, capsys):
+    secret, record = run / "secret", run / "latest" / "trainer_state.json"
+    secret.write_text("a token")
+    state = json.loads(record.read_text())
+    state["files"]["../secret"] = {"bytes": 7, "sha256": hashlib.sha256(b"a token").hexdigest()}
+    del state["sha256"]
+    record.write_text(json.dumps({**state, "sha256": seal(state)}))
+    line = refusal(capsys, run / "latest", "--repo-id", "me/model", "--dry-run", tmp_path / "dry")
+    assert "names '../secret', which is outside of the folder" in line
+    assert not (tmp_path / "dry").exists()
+
+
+def test_the_hash_of_weights_is_that_of_every_file_that_is_loaded_and_of_no_other(tmp_path):
+    assert weights_sha256(tmp_path) is None
+    (tmp_path / "model.safetensors").write_bytes(b"a")
+    alone = weights_sha256(tmp_path)
+    for name in ("model.ema.safetensors", "optimizer.safetensors"):
+        (tmp_path / name).write_bytes(b"b")
+    assert weights_sha256(tmp_path) == alone == hashlib.sha256(b"a").hexdigest()
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"b")
+    assert weights_sha256(tmp_path) not in (alone, None)
 
 
 def test_nothing_but_the_model_of_a_folder_without_a_record_is_published(run, tmp_path):

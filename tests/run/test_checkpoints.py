@@ -147,14 +147,21 @@ def test_a_checkpoint_of_a_format_to_come_is_refused(training, tmp_path, monkeyp
         training.load(saved)
 
 
-def test_an_optimizer_state_of_another_shape_is_refused(training, tmp_path, monkeypatch):
-    def save_columns(tensors, path):
-        cut = {name: tensor[..., :1].contiguous() if tensor.dim() else tensor for name, tensor in tensors.items()}
-        save_file(cut, path)
+@pytest.mark.parametrize(
+    ("change", "kinds"),
+    [
+        (lambda tensor: tensor[..., :1].contiguous(), r"1\] torch.float32, not \["),
+        (lambda tensor: tensor.bfloat16(), r"\] torch.bfloat16, not \[.*\] torch.float32"),
+    ],
+    ids=["shape", "dtype"],
+)
+def test_an_optimizer_state_of_another_shape_or_type_is_refused(training, tmp_path, monkeypatch, change, kinds):
+    def save_changed(tensors, path):
+        save_file({name: change(tensor) if tensor.dim() else tensor for name, tensor in tensors.items()}, path)
 
-    monkeypatch.setattr("gpt2repro.run.checkpoints.save_file", save_columns)
+    monkeypatch.setattr("gpt2repro.run.checkpoints.save_file", save_changed)
     saved = training.save(tmp_path / "run", 1)
-    with pytest.raises(ValueError, match=r"optimizer.safetensors is not of this model: .* has shape .*1\], not \["):
+    with pytest.raises(ValueError, match=f"optimizer.safetensors is not of this model: .* has shape .*{kinds}"):
         training.load(saved)
 
 
