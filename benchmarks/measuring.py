@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from configuration_gpt2repro import NAMED_SHAPES
-from gpt2repro.train.launch import use_huge_pages
+from gpt2repro.train.launch import reuse_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
@@ -107,8 +107,8 @@ def benchmark_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def model_parser(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark of a model; sets 2 MB pages, as training does on a CPU."""
-    use_huge_pages()
+    """A parser with the options of every benchmark of a model; reuses memory as training does on a CPU."""
+    reuse_memory()
     parser = benchmark_parser(description)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model-shape", default="gpt2", choices=list(NAMED_SHAPES))

@@ -5,7 +5,9 @@ that the device has. Accelerate's own default `no` is no asking.
 """
 
 import contextlib
+import ctypes
 import os
+import platform
 import struct
 import sys
 import time
@@ -23,6 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 from gpt2repro.recipe import Recipe
 from gpt2repro.train.devices import best_device, choices
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt, from its malloc.h
 
 
 def start_accelerator(recipe: Recipe) -> Accelerator:
@@ -44,7 +48,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         if tracker not in map(str, get_available_trackers()):
             raise ValueError(f"log_with is {tracker}, which is not installed: pip install {tracker}, or leave it out")
     if device.type == "cpu":
-        use_huge_pages()
+        reuse_memory()
     precision = _mixed_precision(recipe, device)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
@@ -92,13 +96,18 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def use_huge_pages() -> None:
-    """Let PyTorch ask Linux for 2 MB pages on a CPU, unless the environment says otherwise.
+def reuse_memory() -> None:
+    """Spare a CPU most page faults of a step, which allocates and frees gigabytes.
 
-    A step allocates gigabytes afresh, and 4 KB pages are a fault each: 63 ms for 154 MB instead of 16. PyTorch reads
-    the variable at its first allocation, so this must come before any tensor.
+    PyTorch asks Linux for 2 MB pages, unless the environment says otherwise: it reads the variable at its first
+    allocation, so this must come before any tensor. glibc keeps freed memory for the next step; by default it gives
+    large blocks back at once and gets them anew, zeroed and page by page (docs/performance.md).
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)  # no block is a mapping of its own
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # the heap never shrinks
 
 
 def loss_form(recipe: Recipe, device: torch.device) -> str:

@@ -1,5 +1,8 @@
 """What `auto` chooses by the kind of device: the table, without the devices."""
 
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -96,3 +99,22 @@ def test_evaluation_takes_the_accelerator_that_training_takes(monkeypatch):
     assert best_device() == "mps"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert best_device() == "cpu"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+def test_memory_that_a_step_freed_is_used_again_without_page_faults():
+    code = (
+        "import resource, sys, torch\n"
+        "from gpt2repro.train.launch import reuse_memory\n"
+        "if sys.argv[1] == 'reuse': reuse_memory()\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    tensors = [torch.ones(2**24) for _ in range(3)]\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults(), print(faults())\n"
+    )
+    without, with_reuse = (
+        int(subprocess.run([sys.executable, "-c", code, word], capture_output=True, check=True, cwd=ROOT).stdout)
+        for word in ("", "reuse")
+    )
+    assert with_reuse < 50 < without
