@@ -44,6 +44,7 @@ PARTS = {
     "--eval_tokens 262144 --save_every 15 --sample_every 0 --profile_steps 2",
     "hellaswag": "-m benchmarks.eval_throughput --data {hellaswag} --tokenizer {tokenizer} --items 2000 --rounds 1 "
     "--dtype bfloat16",
+    "roofline": "-m benchmarks.roofline --variant ours-chunked --batch-size 64 --seq-len 1024",
     "kernels": f"{STEPS} ours-chunked ours-flash ours-cudnn ours-max-autotune",
     "eager": f"{STEPS} ours-chunked stock-eager --rounds 3",  # may not fit in memory
     "optimizers": "benchmarks/experiments_gpu.sh {dataset} {output}/optimizers",
@@ -57,6 +58,7 @@ TINY = {
     "training": "--model demo --seq_len 64 --micro_batch_size 2 --global_batch_tokens 256 --max_steps 8 "
     "--warmup_steps 2 --eval_every 4 --eval_tokens 512 --save_every 4",
     "hellaswag": "--items 8",
+    "roofline": TINY_STEP,
     "kernels": TINY_STEP,
     "eager": TINY_STEP,
     "optimizers": "2 --model demo --seq_len 64 --global_batch_tokens 256 --micro_batch_size 2 --eval_tokens 512",
