@@ -38,18 +38,19 @@ class Evaluation:
                 yield from rows(step, model)
                 if rows == self._validation and recipe.ema_decay and step:
                     with averaged:
-                        values = self._loss(step, model)
-                    yield "val_ema", values
+                        averaged_rows = self._losses("val_ema", step, model)
+                    yield from averaged_rows
                 model.train()
 
     def _validation(self, step: int, model: Any) -> Iterator[Row]:
         """The loss on the validation windows, and the benchmarks of `eval_tasks`."""
         accelerator, tokens = self.accelerator, step * self.recipe.global_batch_tokens
-        values = self._loss(step, model)
-        yield "val", values
+        rows = self._losses("val", step, model)
+        yield from rows
+        loss, is_mixture = rows[0][1]["loss"], len(rows) > 1
         comparable = has_expected_loss(self.data.dataset.info, model.config, init_from=self.recipe.init_from)
-        if comparable and (warning := loss_warning(tokens, values["loss"])):
-            yield "warning", {"text": warning, "loss": values["loss"], "tokens": tokens}
+        if comparable and not is_mixture and (warning := loss_warning(tokens, loss)):
+            yield "warning", {"text": warning, "loss": loss, "tokens": tokens}
         if self.tasks and step:
             share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
             # A sharded model runs on all processes or on none: there every process scores every item.
@@ -58,14 +59,32 @@ class Evaluation:
                 for row in evaluate_tasks(model, self.tasks, **share):
                     yield "eval", {"tokens": tokens, **row}
 
-    def _loss(self, step: int, model: Any) -> dict[str, Any]:
-        """The loss on the validation windows, over all processes."""
+    def _losses(self, kind: str, step: int, model: Any) -> list[Row]:
+        """A row with the loss on the validation windows, over all processes; for a mixture also a row for each source.
+
+        A mixture's loss is the mean of its sources' losses by their shares: of a text mixed as in training.
+        """
         several = self.accelerator.num_processes > 1
         add = (lambda tensor: self.accelerator.reduce(tensor, "sum")) if several else None
-        loss, counted = validation_loss(model, self.data.validation(), reduce=add, loss_impl=self.loss_impl)
-        size = stream_bytes(self.token_bytes, self.data.dataset.split("val"), counted)
+        data, measured = self.data, []
+        for source in data.sources.values():
+            loss, counted = validation_loss(model, data.validation(source), reduce=add, loss_impl=self.loss_impl)
+            measured.append((loss, counted, stream_bytes(self.token_bytes, source.split("val"), counted)))
         tokens = step * self.recipe.global_batch_tokens
-        return {**loss_figures(loss, counted, size), "eval_tokens": counted, "tokens": tokens}
+        if len(data.sources) == 1:
+            loss, counted, size = measured[0]
+            return [(kind, {**loss_figures(loss, counted, size), "eval_tokens": counted, "tokens": tokens})]
+        rows: list[Row] = []
+        mean_loss = mean_size = 0.0  # of a token: nats and bytes
+        each = zip(data.sources.items(), data.shares, measured, data.tokens_seen(step), strict=True)
+        for (name, source), share, (loss, counted, size), seen in each:
+            mean_loss, mean_size = mean_loss + share * loss, mean_size + share * (size or 0) / counted
+            progress = {"tokens": seen, "epochs": seen / source.split("train").tokens}
+            figures = {**loss_figures(loss, counted, size), "eval_tokens": counted, **progress}
+            rows.append((f"{kind}_source", {"source": name, **figures}))
+        total = sum(counted for _, counted, _ in measured)
+        mean = {**loss_figures(mean_loss, total, mean_size * total), "eval_tokens": total, "tokens": tokens}
+        return [(kind, mean), *rows]
 
     def _samples(self, step: int, model: Any) -> Iterator[Row]:
         """Continuations of the same prompt every time; on every process, because a sharded model needs all of them."""

@@ -195,7 +195,7 @@ def _measure(arguments: argparse.Namespace) -> None:
         write_results(arguments.output, {**outcome, **settings})
 
 
-def loss_figures(loss: float, tokens: int, size: int | None) -> dict[str, float | None]:
+def loss_figures(loss: float, tokens: int, size: float | None) -> dict[str, float | None]:
     """A loss in nats per token, with its perplexity and bits per byte; `size` bytes of text, None if not known."""
     perplexity = math.exp(min(loss, 700.0))  # finite in float64
     bits = loss * tokens / math.log(2) / size if size else None

@@ -17,7 +17,7 @@ DEFINING_FIELDS = (
     "global_batch_tokens", "max_steps", "optimizer", "learning_rate", "muon_learning_rate", "embedding_lr_ratio",
     "vector_lr_ratio", "min_lr_ratio", "warmup_steps", "schedule", "decay_ratio", "weight_decay", "muon_weight_decay",
     "muon_cautious_decay", "beta1", "beta2", "muon_momentum", "muon_split_qkv", "muon_normalise_rows", "ema_decay",
-    "grad_clip", "seed", "shuffle",
+    "grad_clip", "seed", "shuffle", "dataset_weights",
 )  # fmt: skip
 TRACKERS = ("tensorboard", "wandb", "trackio")
 CHOICES = {
@@ -44,6 +44,7 @@ class Recipe:
     # where
     output_dir: str = _option("runs/gpt2-124m", "folder of the run: checkpoints, metrics.jsonl, run.json")
     dataset_dir: tuple[str, ...] = _option(("data/fineweb-edu-10b",), "prepared datasets, or where one is to be made")
+    dataset_weights: tuple[float, ...] = _option((), "a weight for each dataset_dir of a mixture; none: one stream")
     dataset_format: str = _option("auto", "format of dataset_dir; nanoGPT's .bin must be named")
     source: str | None = _option(None, "source of a new dataset_dir: python-docs, files, text, fineweb-edu, …")
     files: tuple[str, ...] = _option((), "paths or globs for source: files or text")
@@ -172,6 +173,7 @@ class Recipe:
             yield "model is init_from without an init_from: give a checkpoint, or a named shape"
         if len(self.dataset_dir) != 1 and (self.source or not self.dataset_dir):
             yield f"dataset_dir names {len(self.dataset_dir)} folders: give one to make from source, or no source"
+        yield from self._mixture_problems()
         if self.source and not self.tokenizer:
             yield "a source without a tokenizer: give a folder, a Hub id, or train:N"
         if (self.source in ("files", "text")) != bool(self.files):
@@ -188,6 +190,17 @@ class Recipe:
         for name in ("hub_every", "keep_every"):
             if getattr(self, name) % max(1, self.save_every):
                 yield f"{name}={getattr(self, name)} is not a multiple of save_every={self.save_every}: change one"
+
+    def _mixture_problems(self) -> typing.Iterator[str]:
+        weights, folders = self.dataset_weights, self.dataset_dir
+        if not all(0 < weight < math.inf for weight in weights):
+            yield f"dataset_weights is {[*weights]}: give numbers above 0"
+        if weights and len(weights) != len(folders):
+            yield f"dataset_weights has {len(weights)} numbers for {len(folders)} folders: give one each"
+        elif len(weights) == 1:
+            yield "dataset_weights is one number, and a single dataset needs none: leave it out"
+        elif weights and len(set(folders)) < len(folders):
+            yield f"dataset_dir is {', '.join(folders)}: give every folder of a mixture once"
 
     def _batch_problems(self, world_size: int) -> typing.Iterator[str]:
         if min(self.seq_len, self.global_batch_tokens, self.micro_batch_size) >= 1:

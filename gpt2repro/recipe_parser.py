@@ -86,7 +86,10 @@ def parse_recipe(argv: list[str], *, default: str | Path) -> Recipe:
         path, chosen = OWN_TEXT_RECIPE, own_text.fields_for(text)
         if "max_steps" in given:
             del chosen["max_minutes"]
-    settings = ({} if path is None else _read_yaml(Path(path), problems)) | chosen | given
+    settings = {} if path is None else _read_yaml(Path(path), problems)
+    if "dataset_dir" in {**chosen, **given}:  # other folders: the recipe's weights are not theirs
+        settings.pop("dataset_weights", None)
+    settings |= chosen | given
     values, hints = {}, typing.get_type_hints(Recipe)
     for name, value in settings.items():
         try:
@@ -152,7 +155,24 @@ def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
         raise UsageError(f"the recipe {path} holds {kind}: expected lines of the form `field: value`")
     known = {item.name for item in fields(Recipe)}
     problems += [_unknown(str(key), f"recipe key in {path}") for key in content if key not in known]
-    return {key: value for key, value in content.items() if key in known}
+    content = {key: value for key, value in content.items() if key in known}
+    entries = content.get("dataset_dir")
+    if isinstance(entries, list) and any(isinstance(entry, dict) for entry in entries):
+        return content | _mixture(entries, content, problems)
+    return content
+
+
+def _mixture(entries: list[Any], content: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The fields that a list of `{dir: FOLDER, weight: NUMBER}` stands for."""
+    form = "give every folder of a mixture as {dir: FOLDER, weight: NUMBER}"
+    wrong = [entry for entry in entries if not isinstance(entry, dict) or entry.keys() != {"dir", "weight"}]
+    if "dataset_weights" in content:
+        problems.append("dataset_weights stands beside a dataset_dir that has weights: leave one of them out")
+    if wrong:
+        problems.append(f"dataset_dir has {wrong[0]!r}: {form}")
+        return {"dataset_dir": []}
+    folders, weights = ([entry[key] for entry in entries] for key in ("dir", "weight"))
+    return {"dataset_dir": folders, "dataset_weights": weights}
 
 
 def _unknown(word: str, what: str) -> str:
@@ -169,7 +189,8 @@ def _convert(value: str | list[str], hint: Any) -> Any:
         items = [] if value in ("", "null", "~") else value if isinstance(value, list) else [value]
         if not all(isinstance(item, str) and item for item in items):
             raise ValueError
-        return tuple(os.path.expanduser(item) for item in items)
+        kind = typing.get_args(target)[0]
+        return tuple(os.path.expanduser(item) if kind is str else _convert(item, kind) for item in items)
     if not isinstance(value, str):
         raise TypeError
     if value in ("", "null", "~") and type(None) in options:
@@ -198,4 +219,5 @@ def _convert(value: str | list[str], hint: Any) -> Any:
 def _spoken(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return " or ".join(names.get(option, "a list of texts") for option in options)
+    items = "numbers" if hint == tuple[float, ...] else "texts"
+    return " or ".join(names.get(option, f"a list of {items}") for option in options)

@@ -69,7 +69,8 @@ class TrainScript:
     def flags(self, output_dir: Path, **fields) -> list[str]:
         """The command line of a run with `fields` of the recipe changed."""
         recipe = {**TINY, "dataset_dir": self.dataset, "output_dir": output_dir, **fields}
-        return [word for name, value in recipe.items() for word in (f"--{name}", str(value))]
+        several = {name: value if isinstance(value, tuple) else (value,) for name, value in recipe.items()}
+        return [word for name, values in several.items() for word in (f"--{name}", *map(str, values))]
 
     def start(
         self, output_dir: Path, *, processes: int = 1, config: Path = CONFIGS / "cpu_2proc.yaml",

@@ -18,7 +18,7 @@ from dataclasses import KW_ONLY, dataclass
 import numpy as np
 import torch
 
-from gpt2repro.data.order import WindowOrder
+from gpt2repro.data.mixture import Order, Stream
 from gpt2repro.data.shards import TokenStream
 
 PREFETCH = 4  # micro-batches: one hides the reading, the others hide a slow disk
@@ -31,8 +31,8 @@ Batch = dict[str, torch.Tensor]  # what the model takes, by the names of its arg
 class TrainLoader:
     """The micro-batches of one rank. accumulation = sequences_per_step / (micro_batch_size * world_size)."""
 
-    stream: TokenStream
-    order: WindowOrder
+    stream: Stream
+    order: Order
     _: KW_ONLY
     sequences_per_step: int
     micro_batch_size: int
@@ -105,7 +105,7 @@ def validation_batches(
         yield _to_device(torch.from_numpy(batch), device)
 
 
-def _windows(stream: TokenStream, starts: np.ndarray, seq_len: int, vocab_size: int) -> np.ndarray:
+def _windows(stream: Stream, starts: np.ndarray, seq_len: int, vocab_size: int) -> np.ndarray:
     """The windows at `starts`: inputs and next tokens, (2, len(starts), seq_len) int64.
 
     Raises ValueError for an id past the vocabulary (on a GPU it would be an unreadable device-side assert).
@@ -115,7 +115,7 @@ def _windows(stream: TokenStream, starts: np.ndarray, seq_len: int, vocab_size: 
         ids[row] = stream.read(start, seq_len + 1)
     if ids.max(initial=0) >= vocab_size:
         row, column = np.argwhere(ids >= vocab_size)[0]
-        shard, index = stream.locate(int(starts[row]) + int(column))
+        shard, index = stream.locate(int(starts[row]), int(column))
         where = f"token id {ids[row, column]:,} at position {index:,} of {shard.path}"
         advice = "the shards were made with another tokenizer, or are damaged: prepare with the model's, or verify"
         raise ValueError(f"{where} is past vocab_size {vocab_size:,}; {advice}")

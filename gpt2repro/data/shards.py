@@ -18,7 +18,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +151,9 @@ class TokenStream:
         self._ends = np.cumsum([shard.tokens for shard in shards])
         self._open = lru_cache(OPEN_FILES)(lambda path: open(path, "rb", buffering=0))
 
-    def locate(self, position: int) -> tuple[Shard, int]:
-        """The shard of a stream position, and the position within its tokens."""
-        position %= self.tokens
+    def locate(self, position: int, ahead: int = 0) -> tuple[Shard, int]:
+        """The shard of the token `ahead` of a stream position, and the place within its tokens."""
+        position = (position + ahead) % self.tokens
         index = int(np.searchsorted(self._ends, position, side="right"))
         return self.shards[index], position - int(self._ends[index]) + self.shards[index].tokens
 
@@ -178,8 +178,8 @@ class TokenStream:
 class Dataset:
     """An opened dataset: its shards by split, and what is recorded about them (`info`, as in dataset.json).
 
-    `streams` has the splits that are not empty. Of several folders `info` is the first one's, and `info["datasets"]`
-    has those of all.
+    `streams` has the splits that are not empty. Of several folders `info` is the first one's, `info["datasets"]` has
+    those of all, and `parts` are their datasets.
     """
 
     path: str
@@ -190,10 +190,12 @@ class Dataset:
     tokenizer_sha256: str
     vocab_size: int
     eot_id: int
+    parts: tuple["Dataset", ...] = ()
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def streams(self) -> dict[str, TokenStream]:
         splits = ((name, self.shards[name]) for name in SPLITS)
-        self.streams = {name: TokenStream(shards) for name, shards in splits if any(s.tokens for s in shards)}
+        return {name: TokenStream(shards) for name, shards in splits if any(s.tokens for s in shards)}
 
     def split(self, name: str) -> TokenStream:
         if name not in self.streams:
@@ -308,7 +310,7 @@ def _join(datasets: list[Dataset]) -> Dataset:
     shards = {name: [shard for dataset in datasets for shard in dataset.shards[name]] for name in SPLITS}
     fingerprint = hashlib.sha256("".join(dataset.fingerprint for dataset in datasets).encode()).hexdigest()
     info = {**first.info, "datasets": [dataset.info for dataset in datasets]}
-    return replace(first, path=path, shards=shards, fingerprint=fingerprint, info=info)
+    return replace(first, path=path, shards=shards, fingerprint=fingerprint, info=info, parts=tuple(datasets))
 
 
 def _own_shard(folder: Path, dtype: np.dtype, record: dict) -> Shard:

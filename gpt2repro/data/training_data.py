@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from gpt2repro.command import say
 from gpt2repro.data.loader import Batch, TrainLoader, validation_batches, validation_tokens
+from gpt2repro.data.mixture import MixtureOrder, MixtureStream, Order, Stream, shares_of
 from gpt2repro.data.order import WindowOrder
 from gpt2repro.data.prepare import prepare
 from gpt2repro.data.shards import (
@@ -30,7 +31,11 @@ PREPARED_WHILE_OTHERS_WAIT = 1e8  # tokens: about three minutes
 
 
 class TrainingData:
-    """What a run reads: `loader` for training, `validation()`, the tokenizer, and the facts that identify the data."""
+    """What a run reads: `loader` for training, `validation()`, the tokenizer, and the facts that identify the data.
+
+    `sources` are the datasets of a mixture by folder, and `shares` their shares of the training windows. Without
+    weights there is one, which all folders are.
+    """
 
     def __init__(self, recipe: Recipe, dataset: Dataset, accelerator: Accelerator) -> None:
         self.recipe, self.dataset = recipe, dataset
@@ -45,25 +50,39 @@ class TrainingData:
         if self.vocab_size < dataset.vocab_size:
             entries = f"the {dataset.vocab_size} entries of the dataset's tokenizer"
             raise ValueError(f"vocab_size={self.vocab_size} is smaller than {entries}: leave vocab_size out")
-        if recipe.eval_every:  # too few tokens are an error now, not in an hour
-            validation_tokens(dataset.split("val"), recipe.seq_len, recipe.eval_tokens)
         self.share: dict[str, Any] = {
             "micro_batch_size": recipe.micro_batch_size, "vocab_size": self.vocab_size, "device": accelerator.device,
             "rank": accelerator.process_index, "world_size": accelerator.num_processes,
         }
-        stream = dataset.split("train")
-        order = WindowOrder(stream.tokens, recipe.seq_len, seed=recipe.seed, shuffle=recipe.shuffle)
+        mixed = recipe.dataset_weights
+        self.sources = dict(zip(recipe.dataset_dir, dataset.parts, strict=True)) if mixed else {dataset.path: dataset}
+        self.shares = [float(share) for share in shares_of(mixed or [1])]
+        for source in self.sources.values() if recipe.eval_every else ():  # too few is an error now, not in an hour
+            validation_tokens(source.split("val"), recipe.seq_len, recipe.eval_tokens)
+        streams = [source.split("train") for source in self.sources.values()]
+        orders = [
+            WindowOrder(stream.tokens, recipe.seq_len, seed=recipe.seed, shuffle=recipe.shuffle) for stream in streams
+        ]
+        stream: Stream = MixtureStream(streams) if mixed else streams[0]
+        order: Order = MixtureOrder(orders, mixed) if mixed else orders[0]
         sequences_per_step = recipe.global_batch_tokens // recipe.seq_len
         self.loader = TrainLoader(stream, order, sequences_per_step=sequences_per_step, **self.share)
 
-    def validation(self) -> Iterator[Batch]:
-        """This process's share of the validation windows."""
-        stream, recipe = self.dataset.split("val"), self.recipe
+    def validation(self, source: Dataset) -> Iterator[Batch]:
+        """This process's share of the validation windows of a source."""
+        stream, recipe = source.split("val"), self.recipe
         return validation_batches(stream, seq_len=recipe.seq_len, max_tokens=recipe.eval_tokens, **self.share)
+
+    def tokens_seen(self, step: int) -> list[int]:
+        """The tokens of each source that a run has trained on after `step` steps."""
+        position, order = step * self.loader.sequences_per_step, self.loader.order
+        windows = order.counts(position).tolist() if isinstance(order, MixtureOrder) else [position]
+        return [count * self.recipe.seq_len for count in windows]
 
     def facts(self) -> dict[str, Any]:
         """What run.json records of the data."""
-        tokens, source = self.loader.stream.tokens, self.dataset.info.get("source")
+        # A mixture is made from none of its sources.
+        tokens, source = self.loader.stream.tokens, None if len(self.sources) > 1 else self.dataset.info.get("source")
         identity = {"dir": self.recipe.dataset_dir, "fingerprint": self.fingerprint}
         return {**identity, "train_tokens": tokens, "source": source}
 

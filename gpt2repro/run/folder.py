@@ -129,7 +129,8 @@ class RunFolder:
             return record | {"starts": []}
         if recipe.resume == "never":
             raise ValueError(f"output_dir {folder} holds a run and resume is never: give another --output_dir")
-        old, new = asdict(Recipe()) | before["recipe"], record["recipe"]  # a newer field had its default
+        new, defaults = (json.loads(json.dumps(asdict(each))) for each in (recipe, Recipe()))  # lists, as in the file
+        old = defaults | before["recipe"]  # a newer field had its default
         differing = [f"{name} is {old[name]!r} there and {new[name]!r} here"
                      for name in DEFINING_FIELDS if old[name] != new[name]]  # fmt: skip
         if before["dataset"]["fingerprint"] != dataset["fingerprint"]:

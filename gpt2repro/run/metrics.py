@@ -88,7 +88,7 @@ class MetricsLog:
                 f"{self._file.name} cannot be written ({error.strerror}); the checkpoints are untouched: "
                 "make room and run the same command again"
             ) from error
-        prefix = f"{kind}/{values['task']}" if "task" in values else kind
+        prefix = "/".join([kind, *(values[name] for name in ("task", "source") if name in values)])
         numbers = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
         for tracker in self.trackers if numbers else ():
             if step > self._trackers_have or tracker.name == "tensorboard":
@@ -144,6 +144,10 @@ def row_text(kind: str, values: dict[str, Any]) -> list[str]:
             bits = values.get("bits_per_byte")
             per_byte = "" if bits is None else f", {bits:.4f} bits per byte"
             return [f"validation loss{of} {loss:.4f}, perplexity {math.exp(min(loss, 700.0)):,.1f}{per_byte}"]
+        case "val_source" | "val_ema_source":
+            loss = math.nan if values["loss"] is None else values["loss"]
+            seen = f"{values['tokens']:,} tokens, {values['epochs']:.2f} epochs"
+            return [f"  on {values['source']}: {loss:.4f} after {seen}"]
         case "eval":
             figures = {name: value for name, value in values.items() if isinstance(value, (int, float, str))}
             return [", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())]

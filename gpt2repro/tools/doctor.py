@@ -27,6 +27,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
+from gpt2repro.data.mixture import MixtureOrder
 from gpt2repro.data.order import WindowOrder
 from gpt2repro.data.shards import Dataset
 from gpt2repro.data.training_data import TrainingData, open_recipe_dataset, preparation_command
@@ -77,7 +78,8 @@ def examine(
     device, loss_impl = accelerator.device, loss_form(recipe, accelerator.device)
     data = TrainingData(recipe, open_recipe_dataset(recipe), accelerator)
     yield Check("device", True, description(device), "what auto chooses on it, docs/devices.md")
-    yield check_shuffled(data.loader.order)
+    order = data.loader.order
+    yield check_shuffled(order.orders[0] if isinstance(order, MixtureOrder) else order)
     yield check_warmup(recipe)
 
     # ---- the model, its weights and its memory -------------------------------------------------------------
