@@ -45,7 +45,7 @@ CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWit
 CONTINUOUS_BATCHING = {"max_seqlen_q", "max_seqlen_k", "read_index", "write_index", "block_table", "logits_indices",
                        "logits_processor_args"}  # fmt: skip
 PASSED_ON = {*TransformersKwargs.__optional_keys__, *CONTINUOUS_BATCHING, "debug_io", "debug_io_dir", "prune_layers"}
-PASSED_ON -= {"output_router_logits", "position_ids"}
+PASSED_ON -= {"output_router_logits", "position_ids", "seq_idx"}
 
 
 def residual_projection(n_in: int, n_out: int) -> nn.Linear:
@@ -274,18 +274,20 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        seq_idx: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the last LayerNorm, (B, T, C).
 
         Pass neither a mask nor positions for training on whole windows: attention is then causal without a mask
         tensor, which is what the flash kernels need. Positions that restart at 0 inside a row, without a mask and a
-        cache, are packed texts: none sees another. `cache` and `past_key_values` are two names of one argument.
+        cache, are packed texts: none sees another. `seq_idx` (B, T), a number for each text, parts them in the same
+        way while positions run on. `cache` and `past_key_values` are two names of one argument.
 
         Raises:
             TypeError: a keyword that the model does not know.
-            ValueError: both or neither of `input_ids` and `inputs_embeds`; both names of the cache; a position at or
-                past `n_positions`.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; both names of the cache; `seq_idx` with a
+                mask or a cache; a position at or past `n_positions`.
         """
         if unknown := [name for name in kwargs if name not in PASSED_ON]:
             raise TypeError(
@@ -302,12 +304,18 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             cache = past_key_values
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)  # (B, T, C)
-        if attention_mask is None and cache is None and position_ids is None and is_sdpa(self.config):
+        packed = position_ids
+        if seq_idx is not None:
+            if attention_mask is not None or cache is not None:
+                raise ValueError("seq_idx parts the texts of whole rows: give it without attention_mask and cache")
+            # The library finds texts by a jump in their positions.
+            packed = torch.arange(seq_idx.shape[1], device=seq_idx.device) + 2 * seq_idx
+        if attention_mask is None and cache is None and packed is None and is_sdpa(self.config):
             mask = None  # sdpa is told is_causal; while compiling, the library would make a mask
         else:
             # By position, because 5.24 renames the cache. It is the caller's: with a new one the library would not
             # look for packed texts. So are the positions: an arange would make a mask where none is needed.
-            mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
+            mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, packed)
         position_ids = self._checked_positions(position_ids, inputs_embeds, cache)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)

@@ -17,11 +17,12 @@ DEFINING_FIELDS = (
     "global_batch_tokens", "max_steps", "optimizer", "learning_rate", "muon_learning_rate", "embedding_lr_ratio",
     "vector_lr_ratio", "min_lr_ratio", "warmup_steps", "schedule", "decay_ratio", "weight_decay", "muon_weight_decay",
     "muon_cautious_decay", "beta1", "beta2", "muon_momentum", "muon_split_qkv", "muon_normalise_rows", "ema_decay",
-    "grad_clip", "seed", "shuffle", "dataset_weights",
+    "grad_clip", "seed", "shuffle", "dataset_weights", "document_mask",
 )  # fmt: skip
 TRACKERS = ("tensorboard", "wandb", "trackio")
 CHOICES = {
     "dataset_format": ("auto", "gpt2repro", "build-nanogpt", "llm.c", "nanogpt"),
+    "document_mask": ("false", "true", "restart"),
     "optimizer": ("adamw", "muon"),
     "schedule": ("cosine", "constant", "wsd_linear", "wsd_sqrt", "wsd_concave"),
     "on_bad_step": ("skip", "stop"),
@@ -61,6 +62,7 @@ class Recipe:
     init_from: str | None = _option(None, "checkpoint (ours, stock GPT-2, nanoGPT's .pt) whose weights start the run")
     # the batch
     seq_len: int = _option(1024, "tokens in a sequence (T)", least=1)
+    document_mask: str = _option("false", "a token sees only its own document; restart: positions begin anew in each")
     global_batch_tokens: int = _option(524_288, "tokens in an optimizer step, over all processes", least=1, most=2**32)
     micro_batch_size: int = _option(16, "sequences per process and micro-step (B): what fits the memory", least=1)
     max_steps: int = _option(19_073, "optimizer steps", least=1)
@@ -174,6 +176,9 @@ class Recipe:
         if len(self.dataset_dir) != 1 and (self.source or not self.dataset_dir):
             yield f"dataset_dir names {len(self.dataset_dir)} folders: give one to make from source, or no source"
         yield from self._mixture_problems()
+        if self.document_mask != "false" and self.attn_implementation == "flash_attention_2":
+            kernels = f"document_mask is {self.document_mask} with attn_implementation flash_attention_2"
+            yield f"{kernels}, which gets no mask of documents: give sdpa or flex_attention"
         if self.source and not self.tokenizer:
             yield "a source without a tokenizer: give a folder, a Hub id, or train:N"
         if (self.source in ("files", "text")) != bool(self.files):

@@ -96,6 +96,55 @@ def test_a_list_may_be_one_text_several_or_none(by_yaml):
         assert empty.files == ()
 
 
+def test_a_mixture_is_the_same_by_folder_by_list_and_by_flag(by_yaml, tmp_path):
+    expected = Recipe(dataset_dir=("a", "b=1"), dataset_weights=(0.7, 3e-5))
+    texts = (
+        "dataset_dir: [{dir: a, weight: 0.7}, {dir: b=1, weight: 3e-5}]",
+        "dataset_dir: [a, b=1]\ndataset_weights: [0.7, 3e-5]",
+    )
+    for text in texts:
+        assert by_yaml(text) == expected
+    assert by_flag("--dataset_dir", "a", "b=1", "--dataset_weights", "0.7", "3e-5") == expected
+    write_recipe(expected, tmp_path / "written.yaml")
+    assert by_flag("--recipe", str(tmp_path / "written.yaml")) == expected
+
+
+def test_a_flag_changes_the_weights_and_other_folders_have_none_of_them(by_yaml, tmp_path):
+    by_yaml("dataset_dir: [{dir: a, weight: 0.7}, {dir: b, weight: 0.3}]")
+    recipe = ["--recipe", str(tmp_path / "recipe.yaml")]
+    assert by_flag(*recipe, "--dataset_weights", "1", "2").dataset_weights == (1.0, 2.0)
+    other = by_flag(*recipe, "--dataset_dir", "c", "d")
+    assert (other.dataset_dir, other.dataset_weights) == (("c", "d"), ())
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("dataset_dir: [a, {dir: b, weight: 0.3}]", "dataset_dir has 'a': give every folder of a mixture as {dir: "),
+        ("dataset_dir: [{dir: a, weight: 1}, {dir: b}]", "dataset_dir has {'dir': 'b'}: give every folder"),
+        ("dataset_dir: [{dir: a, wieght: 1}]", "dataset_dir has {'dir': 'a', 'wieght': '1'}: give every folder"),
+        ("dataset_dir: [{dir: a, weight: x}]", "dataset_weights is ['x']: expected a list of numbers"),
+        ("dataset_dir: [{dir: a, weight: inf}]", "dataset_weights is ['inf']: expected a list of numbers"),
+        ("dataset_dir: [{dir: [a], weight: 1}]", "dataset_dir is [['a']]: expected a list of texts"),
+        ("dataset_dir: [{dir: a, weight: 1}]\ndataset_weights: [1]", "dataset_weights stands beside a dataset_dir "),
+        ("dataset_dir: [a, b]\ndataset_weights: [0.5, -0.5]", "dataset_weights is [0.5, -0.5]: give numbers above 0"),
+        ("dataset_dir: [a, b]\ndataset_weights: [1, 0]", "dataset_weights is [1.0, 0.0]: give numbers above 0"),
+        ("dataset_dir: [a, b]\ndataset_weights: [1]", "dataset_weights has 1 numbers for 2 folders: give one each"),
+        ("dataset_dir: a\ndataset_weights: [1]", "dataset_weights is one number, and a single dataset needs none"),
+        ("dataset_dir: [a, a]\ndataset_weights: [1, 2]", "dataset_dir is a, a: give every folder of a mixture once"),
+        ("document_mask: yes", "document_mask is 'yes': give one of false, true, restart"),
+        (
+            "document_mask: true\nattn_implementation: flash_attention_2",
+            "document_mask is true with attn_implementation flash_attention_2, which gets no mask of documents: give",
+        ),
+    ],
+)
+def test_a_mixture_or_mask_that_makes_no_sense_is_one_error(by_yaml, text, problem):
+    with pytest.raises((UsageError, ValueError)) as error:
+        by_yaml(text).check()
+    assert str(error.value).startswith(problem) and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [

@@ -27,6 +27,22 @@ IGNORED = -100  # the target that cross_entropy skips
 Batch = dict[str, torch.Tensor]  # what the model takes, by the names of its arguments
 
 
+@dataclass(frozen=True)
+class Documents:
+    """Keeps the documents of a window apart: a document begins with <|endoftext|>, or with the window."""
+
+    eot_id: int
+    restart: bool  # positions begin at 0 in every document, else they run on over the window
+
+    def of(self, input_ids: torch.Tensor) -> Batch:
+        """What tells the model the documents of (B, T) ids: the number of each token's, or positions that restart."""
+        begins = input_ids == self.eot_id
+        if not self.restart:
+            return {"seq_idx": begins.cumsum(1)}
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return {"position_ids": places - (begins * places).cummax(1).values}
+
+
 @dataclass
 class TrainLoader:
     """The micro-batches of one rank. accumulation = sequences_per_step / (micro_batch_size * world_size)."""
@@ -37,6 +53,7 @@ class TrainLoader:
     sequences_per_step: int
     micro_batch_size: int
     vocab_size: int
+    documents: Documents | None = None
     rank: int = 0
     world_size: int = 1
     device: str | torch.device = "cpu"
@@ -60,11 +77,11 @@ class TrainLoader:
             ready: deque[Future[torch.Tensor]] = deque(thread.submit(next, read) for _ in range(PREFETCH))
             while True:
                 ready.append(thread.submit(next, read))
-                yield _to_device(ready.popleft().result(), self.device)
+                yield _to_device(ready.popleft().result(), self.device, self.documents)
 
     def first_batch(self, first_step: int) -> Batch:
         """The first micro-batch of `first_step`, without a thread."""
-        return _to_device(next(self._micro_batches(first_step)), self.device)
+        return _to_device(next(self._micro_batches(first_step)), self.device, self.documents)
 
     def _micro_batches(self, first_step: int) -> Iterator[torch.Tensor]:
         """Inputs and targets in host memory, (2, micro_batch_size, seq_len)."""
@@ -89,7 +106,7 @@ def validation_tokens(stream: TokenStream, seq_len: int, max_tokens: int) -> int
 
 def validation_batches(
     stream: TokenStream, *, seq_len: int, max_tokens: int, micro_batch_size: int, vocab_size: int, rank: int = 0,
-    world_size: int = 1, device: str | torch.device = "cpu",
+    documents: Documents | None = None, world_size: int = 1, device: str | torch.device = "cpu",
 ) -> Iterator[Batch]:
     """The first windows of the stream, in its order, split over the ranks; the same set for every world size.
 
@@ -102,7 +119,7 @@ def validation_batches(
         batch = np.zeros((2, micro_batch_size, seq_len), dtype=np.int64)
         batch[1] = IGNORED
         batch[:, : len(micro_starts)] = _windows(stream, micro_starts, seq_len, vocab_size)
-        yield _to_device(torch.from_numpy(batch), device)
+        yield _to_device(torch.from_numpy(batch), device, documents)
 
 
 def _windows(stream: Stream, starts: np.ndarray, seq_len: int, vocab_size: int) -> np.ndarray:
@@ -122,6 +139,6 @@ def _windows(stream: Stream, starts: np.ndarray, seq_len: int, vocab_size: int) 
     return np.stack([ids[:, :-1], ids[:, 1:]], dtype=np.int64)
 
 
-def _to_device(batch: torch.Tensor, device: str | torch.device) -> Batch:
+def _to_device(batch: torch.Tensor, device: str | torch.device, documents: Documents | None) -> Batch:
     input_ids, targets = batch.to(device, non_blocking=batch.is_pinned()).unbind(0)
-    return {"input_ids": input_ids, "shift_labels": targets}
+    return {"input_ids": input_ids, "shift_labels": targets, **(documents.of(input_ids) if documents else {})}

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from gpt2repro.command import say
-from gpt2repro.data.loader import Batch, TrainLoader, validation_batches, validation_tokens
+from gpt2repro.data.loader import Batch, Documents, TrainLoader, validation_batches, validation_tokens
 from gpt2repro.data.mixture import MixtureOrder, MixtureStream, Order, Stream, shares_of
 from gpt2repro.data.order import WindowOrder
 from gpt2repro.data.prepare import prepare
@@ -50,9 +50,11 @@ class TrainingData:
         if self.vocab_size < dataset.vocab_size:
             entries = f"the {dataset.vocab_size} entries of the dataset's tokenizer"
             raise ValueError(f"vocab_size={self.vocab_size} is smaller than {entries}: leave vocab_size out")
+        masked = recipe.document_mask != "false"
         self.share: dict[str, Any] = {
             "micro_batch_size": recipe.micro_batch_size, "vocab_size": self.vocab_size, "device": accelerator.device,
             "rank": accelerator.process_index, "world_size": accelerator.num_processes,
+            "documents": Documents(self.eot_id, restart=recipe.document_mask == "restart") if masked else None,
         }
         mixed = recipe.dataset_weights
         self.sources = dict(zip(recipe.dataset_dir, dataset.parts, strict=True)) if mixed else {dataset.path: dataset}

@@ -7,6 +7,7 @@ from accelerate.state import AcceleratorState
 
 import modeling_gpt2repro
 from configuration_gpt2repro import GPT2ReproConfig
+from gpt2repro.data.loader import Documents
 from gpt2repro.train.first_step import check_first_step
 from modeling_gpt2repro import GPT2ReproForCausalLM
 from tests.conftest import ROOT
@@ -25,26 +26,29 @@ def new_state():
 
 def check(
     *, precision: str = "no", scale: float = 2.0**16, loss_impl: str = "plain", change=None, compiled: bool = False,
-    **fields,
+    documents: Documents | None = None, own=dict, **fields,
 ) -> str:
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     if precision == "fp16":  # as start_accelerator does it
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=scale)
     torch.manual_seed(0)
-    raw = GPT2ReproForCausalLM(GPT2ReproConfig(**SHAPE, bos_token_id=0, eos_token_id=0, **fields)).train()
+    raw = GPT2ReproForCausalLM(GPT2ReproConfig(**SHAPE | fields, bos_token_id=0, eos_token_id=0)).train()
     if change:
         change(raw)
     if compiled:
         torch._dynamo.reset()
         raw.compile(fullgraph=True, dynamic=False)
     model = accelerator.prepare(raw)
-    tokens = torch.randint(0, 128, (4, 33))
+    tokens = torch.randint(0, raw.config.vocab_size, (4, 33))
+    batch = {"input_ids": tokens[:, :-1].contiguous(), "shift_labels": tokens[:, 1:].contiguous()}
+    if documents:
+        batch |= documents.of(batch["input_ids"])
     before = {name: p.detach().clone() for name, p in raw.named_parameters()}
     try:
         return check_first_step(
-            accelerator, raw, lambda batches, form: micro_steps(accelerator, model, batches, len(batches), form),
-            {"input_ids": tokens[:, :-1].contiguous(), "shift_labels": tokens[:, 1:].contiguous()},
-            loss_impl=loss_impl, compiled=compiled,
+            accelerator, raw,
+            lambda batches, form: micro_steps(accelerator, model, map(own, batches), len(batches), form),
+            batch, loss_impl=loss_impl, compiled=compiled,
         )  # fmt: skip
     finally:
         assert all(torch.equal(p, before[name]) and p.grad is None for name, p in raw.named_parameters())
@@ -57,6 +61,14 @@ def check(
 def test_a_sound_step_is_one_line(precision, loss_impl):
     line = check(precision=precision, loss_impl=loss_impl)
     assert line.startswith("first step: loss 4.8") and "gradients agree" in line and "\n" not in line
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_step_whose_documents_see_each_other_stops_the_run(restart):
+    options = {"documents": Documents(eot_id=1, restart=restart), "initializer_range": 0.2, "vocab_size": 8}
+    assert "gradients agree" in check(**options)
+    with pytest.raises(ValueError, match=r"the first step is wrong.*the gradient of"):
+        check(**options, own=lambda batch: {name: batch[name] for name in ("input_ids", "shift_labels")})
 
 
 def test_a_loss_scale_that_overflows_is_lowered_for_the_check_alone():
