@@ -186,7 +186,7 @@ def chunked_cross_entropy(hidden_states, weight, targets, *, padded_rows, chunk,
         logits[:, V:] = -math.inf
         log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
         loss = loss - (log_p.gather(1, target) * kept).sum()
-        if with_gradients:  # of the logits: p - 1 at the target, p elsewhere
+        if with_gradients:  # the gradient of the logits is p - 1 at the target, p elsewhere
             # Subtracted in fp32: bf16 rounds a p of 0.998 and more to 1, and the target's gradient would be zero.
             grad = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=log_p.dtype)).to(head.dtype)
             grad_hidden.append(grad @ head * kept)
@@ -313,8 +313,8 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         if attention_mask is None and cache is None and packed is None and is_sdpa(self.config):
             mask = None  # sdpa is told is_causal; while compiling, the library would make a mask
         else:
-            # By position, because 5.24 renames the cache. It is the caller's: with a new one the library would not
-            # look for packed texts. So are the positions: an arange would make a mask where none is needed.
+            # Arguments without names, because 5.24 renames the cache. Cache and positions are the caller's: with a
+            # new cache the library would not look for packed texts, with an arange it would make a needless mask.
             mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, packed)
         position_ids = self._checked_positions(position_ids, inputs_embeds, cache)
         if use_cache and cache is None:

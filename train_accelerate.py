@@ -46,7 +46,7 @@ from gpt2repro.train.profile import step_profiler
 from gpt2repro.train.safety import BadSteps, EarlyStop, StopSignal, Watchdog, explanation
 from gpt2repro.train.schedule import lr_at
 
-# Forward and backward of a step in all of a run's time: the optimizer, validations and saves take the rest.
+# The share of a run's time that forward and backward take; the optimizer, validations and saves take the rest.
 OF_A_STEP = 0.8
 
 
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> int:
         recipe = initial.take_shape(read_recipe(argv, announce=True), world_size=int(os.environ.get("WORLD_SIZE", 1)))
-        # On from the first time that the processes wait for each other.
+        # Started before the processes wait for each other for the first time.
         watchdog = Watchdog(recipe.watchdog_minutes, rank=int(os.environ.get("RANK", 0)))
         try:
             return train(recipe, watchdog)
@@ -83,6 +83,7 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
     loss_impl = loss_form(recipe, device)
     data = open_data(recipe, accelerator)
     settings = {"vocab_size": data.vocab_size, "eot_id": data.eot_id, "verify": accelerator.is_main_process}
+    # `raw` is the network itself; `model` below is what Accelerate makes of it: with autocast, in DDP or FSDP2.
     raw = processes.on_every_process(lambda: initial.initial_model(recipe, **settings))
     raw.train().to(device)
     facts = {"dataset": data.facts(), "model": model_facts(raw)}
@@ -158,7 +159,7 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
     ended_early = early_stop.reason()
     for step in range(start_step + 1, recipe.max_steps + 1) if not ended_early else ():
         began = time.perf_counter()
-        lr = lr_at(step - 1, recipe)
+        lr = lr_at(step - 1, recipe)  # the loop counts its steps from 1, the schedule and the data count from 0
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
         torch.manual_seed(seed_of(recipe.seed, step, rank))  # dropout: a resumed run draws the same
@@ -170,11 +171,11 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
         sums = accelerator.reduce(torch.stack([loss_sum / world_size, stopping]), "sum")
         loss, stopping_ranks, grad_norm = torch.cat([sums, norm.detach().reshape(1).to(sums)]).tolist()
         if accelerator.scaler and bad_steps.overflowed(step, loss, grad_norm):  # fp16
-            accelerator.scaler.update()
+            accelerator.scaler.update()  # lowers the loss scale
             log.write(step, "overflow", loss_scale=accelerator.scaler.get_scale())
         elif bad := bad_steps.reason(step, loss, grad_norm):
             if accelerator.scaler:
-                accelerator.scaler.update()
+                accelerator.scaler.update()  # ends the step for the scaler too, without optimizer.step
             log.write(step, "bad_step", reason=bad, window_starts=data.loader.window_starts(step - 1).tolist())
         else:
             optimizer.step()

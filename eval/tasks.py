@@ -158,6 +158,7 @@ def _hub(path: str, split: str, name: str | None = None) -> dict[str, str | None
     return {"path": path, "name": name, "split": split}
 
 
+# A new benchmark is a function above that turns its row into a question, and a line here.
 TASKS = {
     "hellaswag": Task(_hellaswag, _hub("Rowan/hellaswag", "validation"), styles=("completion", "harness")),
     "piqa": Task(_piqa, _hub("baber/piqa", "validation")),

@@ -72,7 +72,7 @@ class TrainLoader:
 
     def batches(self, first_step: int) -> Generator[Batch, None, None]:
         """The batches from `first_step` on, without an end. Closing the generator ends its thread."""
-        read = self._micro_batches(first_step)  # only the thread advances it
+        read = self._micro_batches(first_step)  # a generator; only the thread takes from it
         with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
             ready: deque[Future[torch.Tensor]] = deque(thread.submit(next, read) for _ in range(PREFETCH))
             while True:

@@ -164,7 +164,7 @@ class TokenStream:
             shard, first = self.locate(start)
             part = min(count, shard.tokens - first)
             offset, size = shard.offset + first * shard.dtype.itemsize, part * shard.dtype.itemsize
-            file = self._open(shard.path)  # a reference: another thread's reads may drop and so close it in the cache
+            file = self._open(shard.path)  # held: the cache may drop and so close it for another thread
             content = os.pread(file.fileno(), size, offset)
             part = len(content) // shard.dtype.itemsize  # one read gives at most 2 GiB, on a network disk less
             if not part:

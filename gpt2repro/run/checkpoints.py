@@ -76,7 +76,7 @@ def save_checkpoint(
                 f"step {step} is not saved: {', '.join(broken[:3])}{', …' if len(broken) > 3 else ''} is not finite; "
                 f"the checkpoints in {run_dir} are untouched: resume from one with a lower learning_rate"
             )
-        aside.mkdir()  # the run's folder is there, or was taken away: then nothing may begin another in its place
+        aside.mkdir()  # without parents: if the run's folder was taken away, no new one is made in its place
         unsharded(model).save_pretrained(aside, state_dict=weights, max_shard_size="1TB")  # one file, however large
         tokenizer.save_pretrained(aside)
         average = {name: tensor for name, tensor in tensors.items() if name.endswith(".ema")}
@@ -95,7 +95,7 @@ def save_checkpoint(
                 continue
             if old.name == linked(run_dir / "best").resolve().name:
                 continue
-            os.replace(old, run_dir / f".{old.name}.tmp")  # first out of sight: half a checkpoint must not look whole
+            os.replace(old, run_dir / f".{old.name}.tmp")  # hidden first: half a checkpoint must not look whole
             shutil.rmtree(run_dir / f".{old.name}.tmp")
 
     def explained() -> None:
@@ -103,7 +103,7 @@ def save_checkpoint(
             write()
         except Exception as error:
             shutil.rmtree(aside, ignore_errors=True)
-            if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:  # tokenizers' own
+            if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:  # of tokenizers
                 raise
             where = str(run_dir.resolve())
             raise ValueError(

@@ -1,6 +1,6 @@
 """The learning rate: a pure function of the step, with nothing to save.
 
-Steps are optimizer steps. The rate is AdamW's; a parameter group takes its `lr_ratio` of it.
+Steps are optimizer steps. The rate is AdamW's; that of a parameter group is this rate times the group's `lr_ratio`.
 """
 
 import math
