@@ -46,9 +46,6 @@ from gpt2repro.train.profile import step_profiler
 from gpt2repro.train.safety import BadSteps, EarlyStop, StopSignal, Watchdog, explanation
 from gpt2repro.train.schedule import lr_at
 
-# The share of a run's time that forward and backward take; the optimizer, validations and saves take the rest.
-OF_A_STEP = 0.8
-
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; returns the exit code."""
@@ -108,16 +105,16 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
 
     checked = check_first_step(accelerator, raw, backward, first_batch, loss_impl=loss_impl, compiled=compiled)
     if recipe.max_minutes:
-        speed, wanted = world_size * estimates.tokens_per_second(backward, first_batch), recipe
+        speed = world_size * estimates.tokens_per_second(backward, first_batch)
         raw.zero_grad()
-        recipe = processes.on_main_process(accelerator, lambda: wanted.within_minutes(OF_A_STEP * speed))
-        minutes = recipe.max_steps * recipe.global_batch_tokens / (OF_A_STEP * speed) / 60
-        checked += f"\nabout {speed:,.0f} tokens/s forward and backward: {recipe.max_steps:,} of {wanted.max_steps:,} "
-        checked += f"steps, for about {minutes:.1f} of at most {wanted.max_minutes:g} minutes"
+        fitting = partial(estimates.within_minutes, recipe, speed)
+        recipe, chosen = processes.on_main_process(accelerator, fitting)
+        checked += f"\n{chosen}"
     evaluation = processes.on_every_process(lambda: Evaluation(recipe, data, accelerator, loss_impl=loss_impl))
     log, pushes = MetricsLog(None), None
 
     def take_folder() -> None:
+        """On the main process; on the others the log shows nothing and nothing is pushed."""
         nonlocal log, pushes
         pushes = BackgroundPush(recipe, run_dir=folder.path) if recipe.hub_repo_id else None
         folder.claim(recipe, **facts, world_size=world_size)
@@ -144,6 +141,7 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
         profiler = step_profiler(folder.profile, steps=recipe.profile_steps, left=left, device=device, show=log.show)
 
     def evaluate(step: int) -> None:
+        """Write the rows of what is due at this step: validation, benchmarks, samples."""
         for kind, values in evaluation(step, raw, averaged_weights(raw, optimizer.optimizer)):
             log.write(step, kind, **values)
             if kind == "val":
@@ -156,8 +154,8 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
     if not any(row["step"] == start_step and row["kind"] in ("val", "sample") for row in rows):
         evaluate(start_step)
     step = saved = start_step
-    ended_early = early_stop.reason()
-    for step in range(start_step + 1, recipe.max_steps + 1) if not ended_early else ():
+    ended_early = early_stop.reason()  # a run that ended early does not train on when it is started again
+    for step in () if ended_early else range(start_step + 1, recipe.max_steps + 1):
         began = time.perf_counter()
         lr = lr_at(step - 1, recipe)  # the loop counts its steps from 1, the schedule and the data count from 0
         for group in optimizer.param_groups:

@@ -32,15 +32,22 @@ class Evaluation:
 
     def __call__(self, step: int, model: Any, averaged: AbstractContextManager) -> Iterator[Row]:
         recipe = self.recipe
-        for every, rows in ((recipe.eval_every, self._validation), (recipe.sample_every, self._samples)):
-            if every and (step % every == 0 or step == recipe.max_steps):
-                model.eval()
-                yield from rows(step, model)
-                if rows == self._validation and recipe.ema_decay and step:
-                    with averaged:
-                        averaged_rows = self._losses("val_ema", step, model)
-                    yield from averaged_rows
-                model.train()
+        validate, write = (
+            every and (step % every == 0 or step == recipe.max_steps)
+            for every in (recipe.eval_every, recipe.sample_every)
+        )
+        if not (validate or write):
+            return
+        model.eval()
+        if validate:
+            yield from self._validation(step, model)
+        if validate and recipe.ema_decay and step:
+            with averaged:
+                averaged_rows = self._losses("val_ema", step, model)
+            yield from averaged_rows
+        if write:
+            yield from self._samples(step, model)
+        model.train()
 
     def _validation(self, step: int, model: Any) -> Iterator[Row]:
         """The loss on the validation windows, and the benchmarks of `eval_tasks`."""

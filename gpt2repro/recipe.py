@@ -8,7 +8,7 @@ recipe_parser.py makes a recipe from YAML and flags.
 
 import math
 import typing
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 # A run is the same run as long as these hold; anything else (micro-batch, precision, cadence) may change on resume.
@@ -233,14 +233,6 @@ class Recipe:
             GPT2ReproConfig(**shape)
         except StrictDataclassError as error:
             yield from str(error).split("ValueError: ")[-1].splitlines()
-
-    def within_minutes(self, tokens_per_second: float) -> "Recipe":
-        """The recipe with the steps that fit into `max_minutes`, at most `max_steps`; it then says so by itself."""
-        fitting = int(60 * self.max_minutes * tokens_per_second / self.global_batch_tokens)
-        recipe = replace(self, max_steps=min(self.max_steps, max(fitting, 1)), max_minutes=0.0)
-        if problems := [*recipe._combination_problems()]:
-            raise ValueError(f"max_minutes={self.max_minutes:g} leaves {recipe.max_steps} steps: {problems[0]}")
-        return recipe
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-steps in an optimizer step: global_batch_tokens / (micro_batch_size * seq_len * world_size).

@@ -15,6 +15,7 @@ from gpt2repro.data.shards import load_tokenizer, open_dataset
 from gpt2repro.recipe import Recipe
 from gpt2repro.recipe_parser import OWN_TEXT_RECIPE, parse_recipe
 from gpt2repro.run.folder import RunFolder
+from gpt2repro.train.estimates import TRAINING_SHARE, within_minutes
 from gpt2repro.train.safety import EarlyStop
 from tests.conftest import ENVIRONMENT, SCRIPT, end, train_rows, wait_until
 
@@ -117,11 +118,13 @@ def test_validations_without_a_new_best_end_a_run_and_a_resumed_one_counts_the_s
 
 
 def test_minutes_lower_the_steps_and_never_raise_them():
-    recipe = Recipe(max_steps=1000, warmup_steps=10, global_batch_tokens=4096, max_minutes=2)
-    assert recipe.within_minutes(4096.0).max_steps == 120
-    assert recipe.within_minutes(1e9).max_steps == 1000
+    recipe = Recipe(max_steps=1000, warmup_steps=10, global_batch_tokens=4096, micro_batch_size=4, max_minutes=2)
+    shorter, line = within_minutes(recipe, 4096 / TRAINING_SHARE)
+    assert (shorter.max_steps, shorter.max_minutes) == (120, 0.0)
+    assert "120 of 1,000 steps, for about 2.0 of at most 2 minutes" in line
+    assert within_minutes(recipe, 1e9)[0].max_steps == 1000
     with pytest.raises(ValueError, match=r"max_minutes=2 leaves 5 steps: warmup_steps=10 leaves nothing"):
-        recipe.within_minutes(4096 / 24)
+        within_minutes(recipe, 4096 / 24 / TRAINING_SHARE)
 
 
 def test_one_command_trains_on_a_text_resumes_after_ctrl_c_and_ends_early_with_the_best_checkpoint(tmp_path):

@@ -29,6 +29,7 @@ from gpt2repro.recipe import Recipe
 
 LOGITS_PEAK = 10  # bytes a logit at the loss's peak: bf16, its fp32 copy and the fp32 log-softmax (2 + 4 + 4)
 LOSS_CHUNKS = 8  # `loss_impl: chunked` holds the logits of an eighth of the tokens
+TRAINING_SHARE = 0.8  # of a run's time that forward and backward take; the rest: the optimizer, validations, saves
 USABLE = 0.9  # of the card; the rest is the CUDA context's and the allocator's
 
 
@@ -152,6 +153,28 @@ def tokens_per_second(backward: Callable[[list], torch.Tensor], batch: dict[str,
             began = time.perf_counter()
         backward([batch]).item()  # waits for the device, as the loop does once a step
     return timed * input_ids.numel() / (time.perf_counter() - began)
+
+
+def within_minutes(recipe: Recipe, speed: float) -> tuple[Recipe, str]:
+    """The recipe with the steps that fit into its `max_minutes`, at most `max_steps`, and a line that says so.
+
+    speed: tokens a second of forward and backward, over all processes.
+
+    Raises:
+        ValueError: so few steps that the recipe contradicts itself.
+    """
+    tokens = TRAINING_SHARE * speed * 60 * recipe.max_minutes
+    steps = min(recipe.max_steps, max(int(tokens / recipe.global_batch_tokens), 1))
+    minutes = recipe.max_minutes * steps * recipe.global_batch_tokens / tokens
+    shorter = replace(recipe, max_steps=steps, max_minutes=0.0)
+    try:
+        shorter.check()
+    except ValueError as error:
+        raise ValueError(f"max_minutes={recipe.max_minutes:g} leaves {steps} steps: {error}") from None
+    return shorter, (
+        f"about {speed:,.0f} tokens/s forward and backward: {steps:,} of {recipe.max_steps:,} steps, for about "
+        f"{minutes:.1f} of at most {recipe.max_minutes:g} minutes"
+    )
 
 
 def peak_memory_bytes(device: torch.device) -> int:

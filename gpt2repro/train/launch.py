@@ -77,7 +77,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         )
     # Before 2.13, FSDP2 keeps a gathered head after a forward that computes the loss without logits, until the next
     # backward. The averages of the head and the embedding would not be in it.
-    if accelerator.is_fsdp2 and recipe.ema_decay and torch.__version__ < (2, 13):
+    if accelerator.is_fsdp2 and recipe.ema_decay and torch.__version__ < "2.13":
         raise ValueError(
             f"ema_decay is {recipe.ema_decay} on sharded processes with torch {torch.__version__}, which measures the "
             "averaged weights wrongly: use torch 2.13 or newer, or ema_decay 0"

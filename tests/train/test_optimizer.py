@@ -23,7 +23,7 @@ from tests.conftest import train_rows
 from tests.test_train import assert_same_bits
 
 MUON = {"optimizer": "muon", "muon_learning_rate": 6e-3}
-AVERAGES_SHARDS = torch.__version__ >= (2, 13)
+AVERAGES_SHARDS = torch.__version__ >= "2.13"
 PACK = {
     **MUON, "muon_weight_decay": 0.3, "muon_momentum": 0.9, "muon_split_qkv": "true", "muon_normalise_rows": "true",
     "muon_cautious_decay": "true", "embedding_lr_ratio": 1.5, "vector_lr_ratio": 0.5, "ema_decay": 0.8,
