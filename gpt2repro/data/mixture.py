@@ -38,8 +38,8 @@ def make_pattern(weights: Sequence[float]) -> np.ndarray:
     shares = shares_of(weights)
     period = math.lcm(*(share.denominator for share in shares))
     if period > LONGEST_PATTERN:
-        given = f"dataset_weights is {[*weights]}: their pattern has {period:,} windows"
-        raise ValueError(f"{given}, more than {LONGEST_PATTERN:,}; give weights of fewer digits")
+        longest = f"more than {LONGEST_PATTERN:,} windows until their shares are whole"
+        raise ValueError(f"dataset_weights is {[*weights]}, {longest}: give weights of fewer digits")
     quotas = [int(share * period) for share in shares]
     seen, pattern = [0] * len(quotas), np.empty(period, dtype=np.int64)
     for time in range(period):
