@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from .loading import start_token
 from .scoring import Sequences, common_length
+from .tasks import once
 
 BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # where nanochat downloads it from
 # Rows of each task in the published bundle. A figure over fewer rows or tasks is not CORE.
@@ -136,7 +137,7 @@ def read_rows(task: CoreTask, *, limit: int | None = None) -> list[dict[str, Any
     with open(task.path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
-                rows.append(_checked(json.loads(line), task))
+                rows.append(_checked(json.loads(line, object_pairs_hook=once), task))
             except (ValueError, TypeError, RecursionError) as error:
                 raise ValueError(f"{task.path}, line {number}: {error}") from None
     random.Random(1337).shuffle(rows)

@@ -104,6 +104,8 @@ def _winogrande(row: dict) -> Question:
 def _wsc273(row: dict) -> Question:
     # lm-eval keeps the space after the pronoun and puts its own before it.
     text, start, pronoun = row["text"].replace("  ", " "), row["pronoun_loc"], row["pronoun"]
+    if not 0 <= start < len(text):
+        raise ValueError(f"pronoun_loc is {start}, the text has {len(text)} characters")
     pairs = []
     for option in _list(row["options"]):
         option = option + "'s" if pronoun.lower() in POSSESSIVES else option
@@ -205,18 +207,28 @@ def _hub_rows(task: str) -> Iterator[Row]:
         yield Row(f"{dataset['path']}, row {index}", fields)
 
 
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object from its fields; ValueError for one that stands there twice, of which json takes the last."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return fields
+
+
 def _lines(path: str | Path) -> Iterator[Row]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
+            fields, why = None, ""
             try:
-                fields = json.loads(line)
-            except (ValueError, RecursionError):
-                fields = None
+                fields = json.loads(line, object_pairs_hook=once)
+            except (ValueError, RecursionError) as error:
+                why = f" ({error})"
             if not isinstance(fields, dict):
                 text = line[:60].decode("utf-8", errors="replace").strip()
-                raise ValueError(f"{path}, line {number}: no JSON object, but {text!r}")
+                raise ValueError(f"{path}, line {number}: no JSON object, but {text!r}{why}")
             yield Row(f"{path}, line {number}", fields)
 
 

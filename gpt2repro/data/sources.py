@@ -349,6 +349,8 @@ def _hub(
 
     path, one_file = os.path.expanduser(dataset), dataset == SHAKESPEARE
     local = Path(path).is_dir()
+    if local and glob.escape(path) != path:
+        raise ValueError(f"the library `datasets` takes [, * and ? in {path} as a pattern: rename the folder")
     options: dict = {"path": path, "name": config}
     try:
         if one_file:

@@ -230,6 +230,13 @@ def test_a_name_of_an_existing_file_or_folder_is_no_pattern(tmp_path: Path, name
         assert texts_of(open_source("files", files=[str(pattern)])) == TEXTS[:1]
 
 
+def test_a_local_repository_whose_name_is_a_pattern_is_refused(tmp_path: Path) -> None:
+    for name in ("repository [1]", "repository 1"):
+        hub_folder(tmp_path / name)
+    with pytest.raises(ValueError, match=r"in .*repository \[1\] as a pattern: rename the folder"):
+        open_source("hub", dataset=str(tmp_path / "repository [1]"), config="sample-10BT")
+
+
 def test_a_glob_lists_files_in_the_order_of_their_whole_names(tmp_path: Path) -> None:
     names = ["a-b/1.txt", "a/2.txt", "a/b/3.txt", "b.txt"]
     for name in names:

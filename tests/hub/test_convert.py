@@ -346,6 +346,22 @@ def test_weights_that_are_not_finite_are_refused(unbroken_run, tmp_path, capsys)
     assert "NaN or infinite weights in transformer.ln_f.bias (float32)" in line
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("README.md", "---\nlicense: [\n---\n", "README.md is no YAML"),
+        ("adapter_config.json", "{}", "adapter_config.json names no base model (KeyError"),
+        ("adapter_config.json", "[]", "adapter_config.json names no base model (TypeError"),
+        ("adapter_config.json", "{", "adapter_config.json names no base model (JSONDecodeError"),
+    ],
+)
+def test_a_damaged_file_beside_the_weights_is_named(stock_folder, tmp_path, capsys, name, content, expected):
+    (stock_folder / name).write_text(content)
+    if name == "adapter_config.json":
+        (stock_folder / "config.json").unlink()
+    assert expected in refusal(capsys, stock_folder, tmp_path / "out")
+
+
 def test_damaged_files_are_refused(stock_folder, tmp_path, tiny_dataset, capsys):
     for content in (b"", b"garbage", (stock_folder / "pytorch_model.bin").read_bytes()[:5000]):
         (stock_folder / "pytorch_model.bin").write_bytes(content)
