@@ -172,7 +172,7 @@ def test_a_file_that_ends_early_or_has_another_content_is_an_error_with_its_name
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "wikitext"}, "unknown source 'wikitext': one of python-docs, files, hub"),
+        ({"name": "wikitext"}, "unknown source 'wikitext': one of python-docs, files, text, hub"),
         ({"name": "files"}, "--source files and --files GLOB go together"),
         ({"name": "files", "files": ["nothing/*.jsonl"]}, r"no file matches 'nothing/\*.jsonl'"),
         ({"name": "files", "files": [str(ROOT)]}, "no file matches .*; give a file, or a glob"),
