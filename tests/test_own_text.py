@@ -157,7 +157,7 @@ def test_one_command_trains_on_a_text_resumes_after_ctrl_c_and_ends_early_with_t
     (run,) = (tmp_path / "runs").iterdir()
     validations = {step: row["loss"] for step, row in train_rows(run, "val").items()}
     best, *after = (step for step in validations if step >= min(validations, key=validations.__getitem__))
-    assert "resumed from" in second
+    assert "has 200, and keeps them" in second and "resumed from" in second
     assert len(after) == 2 and max(validations) < 200  # of 200 steps
     assert f"ended early: validation loss {validations[after[1]]:.4f}, no new best in 2 validations since" in second
     assert f"{run.name}/best" in second

@@ -27,6 +27,7 @@ from uuid import uuid4
 
 import torch
 
+from gpt2repro.command import say
 from gpt2repro.files import link_to, linked, take_lock, write_whole
 from gpt2repro.recipe import DEFINING_FIELDS, Recipe
 from gpt2repro.recipe_parser import write_recipe
@@ -145,9 +146,12 @@ class RunFolder:
         return record | {name: before[name] for name in ("id", "starts") if name in before}
 
     def with_its_steps(self, recipe: Recipe) -> Recipe:
-        """The recipe with the steps that `max_minutes` gave this run when it began, where it did."""
-        record = self.record() if recipe.max_minutes else None
-        return replace(recipe, max_steps=record["recipe"]["max_steps"], max_minutes=0.0) if record else recipe
+        """The recipe with the steps with which this run began: `max_minutes` chooses them only then."""
+        if not recipe.max_minutes or not (record := self.record()):
+            return recipe
+        steps = record["recipe"]["max_steps"]
+        say(f"max_minutes chooses the steps of a new run; {self.path} has {steps:,}, and keeps them")
+        return replace(recipe, max_steps=steps, max_minutes=0.0)
 
     # ---- writing -------------------------------------------------------------------------------------------
 
