@@ -34,8 +34,7 @@ from transformers import PreTrainedModel
 from gpt2repro import processes
 from gpt2repro.data.training_data import open_data
 from gpt2repro.eval.in_training import Evaluation
-from gpt2repro.hub import initial
-from gpt2repro.hub.push import BackgroundPush
+from gpt2repro.hub import initial, push
 from gpt2repro.run.folder import RunFolder
 from gpt2repro.run.metrics import MetricsLog
 from gpt2repro.train import estimates
@@ -111,12 +110,13 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
         recipe, chosen = processes.on_main_process(accelerator, fitting)
         checked += f"\n{chosen}"
     evaluation = processes.on_every_process(lambda: Evaluation(recipe, data, accelerator, loss_impl=loss_impl))
-    log, pushes = MetricsLog(None), None
+    log, pushes = MetricsLog(None), list[push.BackgroundPush]()
 
     def take_folder() -> None:
         """On the main process; on the others the log shows nothing and nothing is pushed."""
-        nonlocal log, pushes
-        pushes = BackgroundPush(recipe, run_dir=folder.path) if recipe.hub_repo_id else None
+        nonlocal log
+        if recipe.hub_repo_id:
+            pushes.append(push.HubPush(recipe, run_dir=folder.path))
         folder.claim(recipe, **facts, world_size=world_size)
         folder.resume_from(checkpoint, step=start_step)
         log = folder.open_metrics(recipe, step=start_step)
@@ -127,8 +127,8 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
     log.show(f"{recipe.output_dir}: step {start_step} to {recipe.max_steps}{resumed}")
     log.show(description(recipe, accelerator, raw, data, compiled=compiled, loss_impl=loss_impl))
     log.show(checked)
-    if pushes:
-        pushes.catch_up(checkpoint, step=start_step, rows=rows)
+    for each in pushes:
+        each.catch_up(checkpoint, step=start_step, rows=rows)
 
     # ---- the loop ------------------------------------------------------------------------------------------
     stop, bad_steps, early_stop = StopSignal(), BadSteps(recipe, rows), EarlyStop(recipe, rows)
@@ -197,11 +197,11 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
             saved = step
             log.write(step, "checkpoint", seconds=time.perf_counter() - began)
         evaluate(step)  # after the save: an evaluation that fails loses no step
-        if pushes:
-            if newest and pushes.is_due(step):
-                pushes.submit(newest)
-            for row in pushes.finished():
-                log.write(step, "push", **row)
+        for each in pushes:
+            if newest and each.is_due(step):
+                each.submit(newest)
+            for row in each.finished():
+                log.write(step, each.kind, **row)
         if (ended_early := early_stop.reason()) or stopping_ranks:
             break
         watchdog.step = step
@@ -210,8 +210,9 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
     batches.close()
     watchdog.stop()
     stopped = saved < recipe.max_steps and not ended_early
-    for row in pushes.wait(stopped=stopped, give_up=stop.wanted) if pushes else ():
-        log.write(step, "push", **row)
+    for each in pushes:
+        for row in each.wait(stopped=stopped, give_up=stop.wanted):
+            log.write(step, each.kind, **row)
     log.close()
     if ended_early:
         log.show(f"ended early: {ended_early}")

@@ -1,17 +1,18 @@
 """The client of the Hub: is it reachable, may we write, upload a folder.
 
-    python gpt2repro/hub/upload.py FOLDER OWNER/NAME MESSAGE
+    python -m gpt2repro.hub.upload FOLDER OWNER/NAME MESSAGE
 
-is what a run starts in the background, so this file imports nothing but the Hub's library. It ends when its standard
-input is closed: with the run, however that ends.
+is what a run starts in the background, so this file imports nothing but the Hub's library.
 """
 
 import os
+import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import CommitInfo, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import http_backoff
 
@@ -57,30 +58,55 @@ def writable_repo(repo_id: str, *, private: bool = True) -> str:
 def upload(folder: str | Path, repo_id: str, *, message: str) -> str:
     """Upload the files of a folder in one commit; returns its address.
 
-    A second try after a failure sends only what is missing, and nothing is visible before the commit. A commit names
-    the one that it follows, so one that was on its way when its run was killed comes before those of the next start of
-    the run or not at all.
+    A second try after a failure sends only what is missing, and nothing is visible before the commit.
 
     Raises:
         ValueError: it did not work, and why.
     """
+    try:
+        commit = commit_onto_head(repo_id, lambda head: HfApi().upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=REPLACED, parent_commit=head,
+        ))  # fmt: skip
+        return commit.commit_url
+    except Exception as error:  # of the HTTP library, of xet, of the Hub
+        raise ValueError(
+            f"the upload to {repo_id} failed ({one_line(error)}): publish again, only what is missing is sent"
+        ) from error
+
+
+def commit_onto_head(
+    repo_id: str, commit: Callable[[str | None], CommitInfo], *, branch: str | None = None
+) -> CommitInfo:
+    """`commit(head)` makes a commit that names the head as its parent; again, if another commit came first.
+
+    So a commit that was on its way when its run was killed comes before those of the next start of the run or not at
+    all.
+    """
     for tries in range(1, TRIES + 1):
         try:
-            commit = HfApi().upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=REPLACED,
-                parent_commit=HfApi().model_info(repo_id).sha,
-            )
-            return commit.commit_url
-        except Exception as error:  # of the HTTP library, of xet, of the Hub
-            if isinstance(error, HfHubHTTPError) and error.response.status_code == 412 and tries < TRIES:
-                continue  # another commit came first
-            raise ValueError(
-                f"the upload to {repo_id} failed ({one_line(error)}): publish again, only what is missing is sent"
-            ) from error
+            return commit(HfApi().model_info(repo_id, revision=branch).sha)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 412 or tries == TRIES:
+                raise
     raise AssertionError
 
 
-def end_with_the_run() -> None:
+def in_background(work: Callable[[], str]) -> None:
+    """Print what `work` returns. The process ends when its standard input is closed: with the run, however that ends.
+
+    A scheduler sends the signals that stop a run to this process too. The run decides how long it waits.
+    """
+    for name in ("SIGTERM", "SIGINT", "SIGUSR2"):
+        if number := getattr(signal, name, None):  # Windows has only some of them
+            signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
+    try:
+        print(work())
+    except ValueError as failure:
+        sys.exit(f"error: {failure}")
+
+
+def _end_with_the_run() -> None:
     sys.stdin.read()
     os._exit(1)
 
@@ -92,8 +118,4 @@ def one_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    threading.Thread(target=end_with_the_run, daemon=True).start()
-    try:
-        print(upload(sys.argv[1], sys.argv[2], message=sys.argv[3]))
-    except ValueError as failure:
-        sys.exit(f"error: {failure}")
+    in_background(lambda: upload(sys.argv[1], sys.argv[2], message=sys.argv[3]))

@@ -24,7 +24,7 @@ from gpt2repro.hub import push
 from gpt2repro.hub.convert import convert
 from gpt2repro.hub.figures import eval_results, weights_sha256
 from gpt2repro.hub.publish import main
-from gpt2repro.hub.push import AGAIN, BackgroundPush
+from gpt2repro.hub.push import AGAIN, HubPush
 from gpt2repro.recipe import Recipe
 from tests.conftest import ROOT, train_rows, wait_until
 from tests.test_train import assert_same_bits
@@ -356,7 +356,7 @@ def test_of_checkpoints_that_come_during_a_push_the_newest_is_next(run, hub):
 
     hub.trouble = hold_the_weights
     (run / ".push-step-00000003").mkdir()  # of a run that was killed
-    pushes = BackgroundPush(RECIPE, run_dir=run)
+    pushes = HubPush(RECIPE, run_dir=run)
     shutil.copytree(run / "step-00000006", run / "step-00000007")
     for step in ("step-00000006", "step-00000007", "step-00000008"):
         pushes.submit(run / step)
@@ -380,7 +380,7 @@ def test_a_push_that_hangs_is_ended_when_the_run_ends_or_is_stopped(run, hub, mo
             hanging.set()
             return "hang"
 
-    pushes = BackgroundPush(RECIPE, run_dir=run)
+    pushes = HubPush(RECIPE, run_dir=run)
     hub.trouble = hang
     pushes.submit(run / "step-00000006")
     pushes.submit(run / "step-00000008")
@@ -400,7 +400,7 @@ def test_a_push_stays_in_a_folder_that_is_moved_and_spares_the_one_that_runs(run
     hub.files["me/model"] = {}
     all_submitted = threading.Event()
     hub.trouble = lambda method, path: all_submitted.wait(600) and None if method == "PUT" else None
-    pushes = BackgroundPush(RECIPE, run_dir=run)
+    pushes = HubPush(RECIPE, run_dir=run)
     held = os.open(run, os.O_RDONLY)
     by_descriptor = Path(f"/proc/{os.getpid()}/fd/{held}")  # as a run names its open directory
     pushes.submit(by_descriptor / "step-00000006")
@@ -414,7 +414,7 @@ def test_a_push_stays_in_a_folder_that_is_moved_and_spares_the_one_that_runs(run
 
 
 def test_a_push_that_cannot_even_start_is_reported_and_no_more(run, hub, monkeypatch):
-    pushes = BackgroundPush(RECIPE, run_dir=run)
+    pushes = HubPush(RECIPE, run_dir=run)
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     pushes.submit(run / "step-00000006")
     (run / "step-00000008" / "config.json").unlink()
@@ -473,11 +473,11 @@ def test_the_push_of_a_run_that_was_killed_comes_before_those_of_its_next_start_
         return outcome
 
     hub.reply = hold_the_first_commit
-    killed = BackgroundPush(RECIPE, run_dir=run)
+    killed = HubPush(RECIPE, run_dir=run)
     killed.submit(run / "step-00000006")
     assert asked.wait(600)
     killed._process.kill()  # its request has arrived
-    pushes = BackgroundPush(RECIPE, run_dir=run)
+    pushes = HubPush(RECIPE, run_dir=run)
     pushes.submit(run / "step-00000008")
     (row,) = pushed(pushes, 1)
     assert "url" in row, row
@@ -495,7 +495,7 @@ def test_a_push_that_somebody_elses_commit_preceded_follows_it(run, hub):
             hub.files["me/model"].setdefault("NOTES.md", b"edited on the Hub")
 
     hub.trouble = edit_the_card_first
-    pushes = BackgroundPush(RECIPE, run_dir=run)
+    pushes = HubPush(RECIPE, run_dir=run)
     pushes.submit(run / "step-00000008")
     assert "url" in pushed(pushes, 1)[0]
     assert hub.commits == ["Upload step-00000008"] and set(hub.files["me/model"]) == {*OURS, "NOTES.md"}
@@ -541,7 +541,7 @@ def test_a_push_ends_with_a_run_that_is_killed_and_the_same_command_pushes_what_
 def test_a_resumed_run_pushes_if_a_checkpoint_that_was_due_did_not_reach_the_hub(
     run, hub, monkeypatch, rows, step, expected
 ):
-    pushes = BackgroundPush(RECIPE, run_dir=run)
+    pushes = HubPush(RECIPE, run_dir=run)
     submitted = []
     monkeypatch.setattr(pushes, "submit", submitted.append)
     rows = [{"kind": "push", "checkpoint_step": at, **({"url": url} if url else {"error": "x"})} for at, url in rows]
