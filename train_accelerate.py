@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 from gpt2repro import processes
 from gpt2repro.data.training_data import open_data
 from gpt2repro.eval.in_training import Evaluation
-from gpt2repro.hub import initial, push
+from gpt2repro.hub import initial, mirror, push
 from gpt2repro.run.folder import RunFolder
 from gpt2repro.run.metrics import MetricsLog
 from gpt2repro.train import estimates
@@ -86,6 +86,8 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
     folder = RunFolder(recipe.output_dir)
     recipe = processes.on_main_process(accelerator, lambda: folder.with_its_steps(recipe))
     processes.on_main_process(accelerator, lambda: folder.check(recipe, **facts))
+    if recipe.mirror_url():
+        recipe = processes.on_main_process(accelerator, lambda: mirror.restore(folder, recipe, dataset=data.facts()))
     compiled = compile_in_place(raw, recipe, accelerator)
     model, optimizer = accelerator.prepare(raw, make_optimizer(raw, recipe))
 
@@ -118,6 +120,8 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
         if recipe.hub_repo_id:
             pushes.append(push.HubPush(recipe, run_dir=folder.path))
         folder.claim(recipe, **facts, world_size=world_size)
+        if recipe.mirror_url():
+            pushes.insert(0, mirror.MirrorPush(recipe, folder))
         folder.resume_from(checkpoint, step=start_step)
         log = folder.open_metrics(recipe, step=start_step)
 

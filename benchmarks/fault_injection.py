@@ -10,6 +10,7 @@ broken or a start hung.
 """
 
 import argparse
+import contextlib
 import errno
 import fcntl
 import itertools
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -24,12 +26,13 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -104,20 +107,21 @@ def killed_while_preparing(one: Try) -> None:
     must(open_dataset(one.dataset).fingerprint == expected, "another dataset")
 
 
-def killed_while_pushing(one: Try) -> None:
-    """SIGKILL during a push to a Hub on loopback: what was due is pushed at last, and nothing older after it."""
+@contextlib.contextmanager
+def loopback_hub() -> Iterator[tuple[dict[str, Any], Callable[[str], bytes]]]:
+    """A Hub in a process of its own: what to start a run with that pushes to it, and how to read from it."""
 
     def serve() -> None:
         with StubHub() as hub:
-            print(json.dumps(hub.env), flush=True)
+            print(json.dumps([hub.env, hub.constants]), flush=True)
             time.sleep(10 * PATIENCE)
 
     server = Start(serve)
     server.wait_until(lambda: "\n" in server.printed())
-    environment = json.loads(server.printed())
+    environment, settings = json.loads(server.printed())
 
     def use_the_server() -> None:
-        constants.ENDPOINT, constants.HF_HUB_DISABLE_XET = environment["HF_ENDPOINT"], True
+        vars(constants).update(settings)
 
     def get(path: str) -> bytes:
         address = f"{environment['HF_ENDPOINT']}/{path}"
@@ -125,7 +129,15 @@ def killed_while_pushing(one: Try) -> None:
             return answer.read()
 
     try:
-        settings = {"hub_repo_id": "me/model", "hub_every": 2, "patch": use_the_server, "environment": environment}
+        yield {"hub_repo_id": "me/model", "patch": use_the_server, "environment": environment}, get
+    finally:
+        server.kill()
+
+
+def killed_while_pushing(one: Try) -> None:
+    """SIGKILL during a push to a Hub on loopback: what was due is pushed at last, and nothing older after it."""
+    with loopback_hub() as (settings, get):
+        settings["hub_every"] = 2
         start = one.start(**settings)
         start.wait_until(lambda: any(one.run.glob(".push-*")))
         one.random_moment(start, 3.0)
@@ -135,8 +147,25 @@ def killed_while_pushing(one: Try) -> None:
         must(get("me/model/resolve/main/model.safetensors") == weights, "the Hub has other weights")
         titles = [commit["title"] for commit in reversed(json.loads(get("api/models/me/model/commits/main")))]
         must(titles == sorted(titles), f"pushed in the order {titles}")
-    finally:
-        server.kill()
+
+
+def wiped_disk(one: Try) -> None:
+    """SIGKILL and an empty disk, with `hub_state` on a Hub on loopback: the newest state there is resumed from."""
+    with loopback_hub() as (settings, get):
+        settings["hub_state"] = "true"
+        there = 0
+        for _ in range(one.faults):
+            start = one.start(**settings)
+            one.random_moment(start, one.seconds + 4.0)
+            start.kill()
+            shutil.rmtree(one.run, ignore_errors=True)
+            with contextlib.suppress(HTTPError):  # killed before there was a branch
+                names = [entry["path"] for entry in json.loads(get("api/models/me/model/tree/state"))]
+                there = max((int(name[5:13]) for name in names if name.startswith("step-") and "." in name), default=0)
+        printed = one.start(**settings).end(command.DONE)
+        copied = re.search(r"step (\d+) is copied from hf://me/model@state", printed)
+        must(int(copied[1] if copied else 0) >= there, f"step {there} was on the Hub, but:\n{printed[-2000:]}")
+        one.check()
 
 
 def killed_rank(one: Try) -> None:
@@ -340,9 +369,9 @@ Fault = Callable[[Try], None]
 # Each with the faults that one try injects.
 FAULTS: dict[Fault, int] = {
     killed: 3, killed_in_a_save: 1, killed_while_compiling: 5, killed_while_preparing: 1, killed_while_pushing: 1,
-    killed_rank: 1, stopped: 1, closed_terminal: 1, moved_folder: 1, second_writer: 1, bit_of_a_checkpoint: 5,
-    bit_of_a_dataset: 5, replaced_shard: 5, full_disk: 1, full_disk_while_preparing: 1, failing_tracker: 1,
-    jumping_clock: 1,
+    wiped_disk: 2, killed_rank: 1, stopped: 1, closed_terminal: 1, moved_folder: 1, second_writer: 1,
+    bit_of_a_checkpoint: 5, bit_of_a_dataset: 5, replaced_shard: 5, full_disk: 1, full_disk_while_preparing: 1,
+    failing_tracker: 1, jumping_clock: 1,
 }  # fmt: skip
 
 

@@ -7,9 +7,12 @@ recipe_parser.py makes a recipe from YAML and flags.
 """
 
 import math
+import re
 import typing
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 # A run is the same run as long as these hold; anything else (micro-batch, precision, cadence) may change on resume.
 DEFINING_FIELDS = (
@@ -19,6 +22,7 @@ DEFINING_FIELDS = (
     "muon_cautious_decay", "beta1", "beta2", "muon_momentum", "muon_split_qkv", "muon_normalise_rows", "ema_decay",
     "grad_clip", "seed", "shuffle", "dataset_weights", "document_mask",
 )  # fmt: skip
+HUB_BRANCH = re.compile(r"hf://([^/@:]+/[^/@:]+)@(?!main/?$)([^/@:]+)/?")  # repository and branch
 TRACKERS = ("tensorboard", "wandb", "trackio")
 CHOICES = {
     "dataset_format": ("auto", "gpt2repro", "build-nanogpt", "llm.c", "nanogpt"),
@@ -117,6 +121,8 @@ class Recipe:
     log_with: tuple[str, ...] = _option((), "trackers beside metrics.jsonl: tensorboard, wandb, trackio")
     hub_repo_id: str | None = _option(None, "OWNER/NAME on the Hub, to which the run pushes checkpoints")
     hub_every: int = _option(0, "steps between pushes, a multiple of save_every; 0 pushes only the last one", least=0)
+    hub_state: bool = _option(False, "mirror every checkpoint to the branch `state` of hub_repo_id, to resume from")
+    mirror: str | None = _option(None, "URL (hf://OWNER/NAME@BRANCH, s3://…) that gets a copy of every checkpoint")
     resume: str = _option("auto", "auto, never, previous (the checkpoint before the newest), or a checkpoint's path")
 
     def shape(self) -> dict[str, Any]:
@@ -192,6 +198,10 @@ class Recipe:
             yield f"patience keeps the checkpoint of the best validation, but {every}: change one"
         if self.hub_every and not self.hub_repo_id:
             yield f"hub_every is {self.hub_every} without a hub_repo_id: give OWNER/NAME, or leave it out"
+        if self.hub_state and "/" not in (self.hub_repo_id or ""):
+            yield f"hub_state is true and hub_repo_id is {self.hub_repo_id}: give OWNER/NAME, or no hub_state"
+        if self.mirror is not None:
+            yield from self._mirror_problems(self.mirror)
         for name in ("hub_every", "keep_every"):
             if getattr(self, name) % max(1, self.save_every):
                 yield f"{name}={getattr(self, name)} is not a multiple of save_every={self.save_every}: change one"
@@ -206,6 +216,24 @@ class Recipe:
             yield "dataset_weights is one number, and a single dataset needs none: leave it out"
         elif weights and len(set(folders)) < len(folders):
             yield f"dataset_dir is {', '.join(folders)}: give every folder of a mixture once"
+
+    def _mirror_problems(self, mirror: str) -> typing.Iterator[str]:
+        url = urlsplit(mirror)
+        if url.password or url.query:  # it would stand in run.json, and must not stand in an error either
+            yield "mirror has a password or a query in it: give credentials as the store's library expects them"
+            return
+        if self.hub_state:
+            yield f"mirror is {mirror!r} and hub_state is true, which is a mirror on the Hub: give one of them"
+        if url.scheme in ("", "memory") or not url.netloc + url.path.strip("/"):
+            yield f"mirror is {mirror!r}: give a URL (hf://OWNER/NAME@BRANCH, s3://BUCKET/FOLDER, file:///FOLDER)"
+        if url.scheme == "hf" and not mirror.startswith("hf://buckets/") and not HUB_BRANCH.fullmatch(mirror):
+            yield f"mirror is {mirror!r}: give a branch beside main, hf://OWNER/NAME@BRANCH"
+        if url.scheme in ("file", "local") and Path(self.output_dir).resolve() == Path(url.path).resolve():
+            yield f"mirror {mirror!r} is output_dir: give another folder, on a disk that outlives this machine"
+
+    def mirror_url(self) -> str | None:
+        """Where every checkpoint is copied to."""
+        return f"hf://{self.hub_repo_id}@state" if self.hub_state else self.mirror
 
     def _batch_problems(self, world_size: int) -> typing.Iterator[str]:
         if min(self.seq_len, self.global_batch_tokens, self.micro_batch_size) >= 1:

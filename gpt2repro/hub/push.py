@@ -1,4 +1,4 @@
-"""Copy checkpoints of a run to another place while it trains."""
+"""Copy checkpoints of a run to another place while it trains: to the Hub, or to its mirror (mirror.py)."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ PUSH_WAIT_SECONDS = 600  # how long the end of a run waits for its last checkpoi
 class BackgroundPush:
     """Pushes checkpoints one at a time; whatever happens to a push, the run neither stops nor waits.
 
-    What is pushed, and where to, is the kind's.
+    What is pushed, and where to, is the kind's: HubPush, MirrorPush.
 
     A push is a process: a thread (huggingface_hub's run_as_future) would keep the interpreter from ending for as long
     as a dead connection lasts. Of the checkpoints that are submitted during a push, the newest is pushed next and the

@@ -15,7 +15,7 @@ pickle. The files are the same whether one process trained, several (DDP), or se
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -89,12 +89,9 @@ def save_checkpoint(
         check()
         os.replace(aside, final)
         link_to(final, run_dir / "latest")
-        whole = [path for path in _checkpoints(run_dir) if (path / RECORD).exists()]
-        for old in whole[:-keep_last] if keep_last else []:
-            if keep_every and int(old.name.removeprefix("step-")) % keep_every == 0:
-                continue
-            if old.name == linked(run_dir / "best").resolve().name:
-                continue
+        whole = {int(path.name[5:]): path for path in _checkpoints(run_dir) if (path / RECORD).exists()}
+        stay = kept(run_dir, [*whole], keep_last=keep_last, keep_every=keep_every)
+        for old in (path for step, path in whole.items() if step not in stay):
             os.replace(old, run_dir / f".{old.name}.tmp")  # hidden first: half a checkpoint must not look whole
             shutil.rmtree(run_dir / f".{old.name}.tmp")
 
@@ -113,6 +110,18 @@ def save_checkpoint(
 
     on_main_process(accelerator, explained)
     return final
+
+
+def kept(run_dir: Path, steps: Sequence[int], *, keep_last: int, keep_every: int) -> set[int]:
+    """Those of `steps`, oldest first, that stay: the `keep_last` newest (0: all), every `keep_every`, and `best`."""
+    always = {*steps[-keep_last:], best_step(run_dir)}
+    return {step for step in steps if step in always or (keep_every and step % keep_every == 0)}
+
+
+def best_step(run_dir: Path) -> int | None:
+    """The step of the checkpoint that `best` means, where there is one."""
+    best = linked(run_dir / "best")
+    return int(best.resolve().name.removeprefix("step-")) if best.is_dir() else None
 
 
 def resume_from(run_dir: Path, found: Path | None, *, step: int) -> None:

@@ -19,6 +19,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,13 +29,14 @@ from uuid import uuid4
 import torch
 
 from gpt2repro.command import say
-from gpt2repro.files import link_to, linked, take_lock, write_whole
+from gpt2repro.files import link_to, linked, sync, take_lock, write_whole
 from gpt2repro.recipe import DEFINING_FIELDS, Recipe
 from gpt2repro.recipe_parser import write_recipe
 from gpt2repro.run import checkpoints
 from gpt2repro.run.metrics import MetricsLog, read_metrics
 
 RECORD, RECIPE, METRICS, LOCK = "run.json", "recipe.yaml", "metrics.jsonl", ".lock"
+RECORD_FILES = (RECORD, RECIPE, METRICS)
 PROFILE, CURVES = "profile.json", "curves.png"
 
 
@@ -125,20 +127,16 @@ class RunFolder:
         record: dict[str, Any] = {"id": uuid4().hex[:8], "recipe": asdict(recipe), "dataset": dataset, "model": model}
         if before is None:
             names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-            if names - {LOCK, f".{RECORD}.tmp"}:  # what a kill at the very start leaves
+            left = {name for name in names if name.startswith(".step-")}  # by a kill during a download
+            if names - left - {LOCK, f".{RECORD}.tmp"}:  # what a kill at the very start leaves
                 raise ValueError(f"output_dir {folder} is not empty and holds no run: give another --output_dir")
             return record | {"starts": []}
         if recipe.resume == "never":
             raise ValueError(f"output_dir {folder} holds a run and resume is never: give another --output_dir")
-        new, defaults = (json.loads(json.dumps(asdict(each))) for each in (recipe, Recipe()))  # lists, as in the file
-        old = defaults | before["recipe"]  # a newer field had its default
-        differing = [f"{name} is {old[name]!r} there and {new[name]!r} here"
-                     for name in DEFINING_FIELDS if old[name] != new[name]]  # fmt: skip
-        if before["dataset"]["fingerprint"] != dataset["fingerprint"]:
-            differing.append("the dataset is another one")
-        if differing:
+        if differing := differences(before, recipe, dataset):
             longer = f" (and --resume {folder}/latest to train on from there with the new values)"
-            another = f"another --output_dir{longer if old['max_steps'] != new['max_steps'] else ''}"
+            is_longer = any(line.startswith("max_steps ") for line in differing)
+            another = f"another --output_dir{longer if is_longer else ''}"
             raise ValueError(
                 f"output_dir {folder} holds another run ({'; '.join(differing)}): give {another}, "
                 "the same values to resume it, or delete it to begin again"
@@ -155,28 +153,66 @@ class RunFolder:
 
     # ---- writing -------------------------------------------------------------------------------------------
 
-    def claim(self, recipe: Recipe, *, dataset: dict[str, Any], model: dict[str, Any], world_size: int) -> None:
-        """Make the folder this run's until the process ends: lock it, and write run.json and recipe.yaml.
+    def lock(self) -> None:
+        """Make the folder this process's alone until it ends; a second call does nothing.
 
         Raises:
-            ValueError: what `check` refuses, a folder that cannot be written, or one that another process trains in.
+            ValueError: a folder that cannot be written, or one that another process trains in.
         """
-        try:
+        if self._lock is not None:
+            return
+        with self._explained():
             self._given.mkdir(parents=True, exist_ok=True)
             if sys.platform != "win32":  # where no folder can be opened
                 self._descriptor = os.open(self._given, os.O_RDONLY)
             self._lock = take_lock(self.path / LOCK)
+
+    def claim(self, recipe: Recipe, *, dataset: dict[str, Any], model: dict[str, Any], world_size: int) -> None:
+        """Make the folder this run's until the process ends: lock it, and write run.json and recipe.yaml.
+
+        Raises:
+            ValueError: what `check` refuses, or what `lock` does.
+        """
+        self.lock()
+        with self._explained():
             record = self.check(recipe, dataset=dataset, model=model)  # once more: nobody else can write now
             record["starts"].append(_start(world_size))
             self._record = record
             write_whole(self.path / RECORD, json.dumps(record, indent=2) + "\n")
             write_recipe(recipe, self.path / RECIPE)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except BlockingIOError:
             raise ValueError(f"another process trains in {self._given}: end it, or give another folder") from None
         except OSError as error:
             raise ValueError(
                 f"output_dir {self._given} cannot be written ({error}): give another --output_dir"
             ) from error
+
+    def take_in(self, found: dict[int, Path], record: dict[str, str], *, best: int | None) -> None:
+        """Make checkpoints, folders on the same disk by their step, this run's, with the record of their copy.
+
+        `best` is the step of the best one. The newest comes last: before that, a kill lets all be taken in again.
+        """
+        with self._explained():
+            for name in RECORD_FILES:
+                write_whole(self.path / name, record[name])
+            if best is not None:
+                link_to(self.path / f"step-{best:08d}", self.path / "best")
+            for step, folder in sorted(found.items()):
+                for file in folder.iterdir():
+                    sync(file)
+                os.replace(folder, self.path / f"step-{step:08d}")
+            sync(self.path)
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """Which run this is, and which start of it, once claimed."""
+        last = self._record["starts"][-1]
+        return {"run": self._record["id"], **{name: last[name] for name in ("time", "host", "pid")}}
 
     def resume_from(self, checkpoint: Path | None, *, step: int) -> None:
         """Make `checkpoint`, of step `step`, the newest of the run; see `checkpoints.resume_from`."""
@@ -234,9 +270,28 @@ class RunFolder:
             with contextlib.suppress(PermissionError):  # Windows deletes no open file; then it stays
                 (self.root / LOCK).unlink(missing_ok=True)
             self._lock.close()
+            self._lock = None
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def record_of(run_dir: Path) -> dict[str, str]:
+    """The run's record, text by file name: what a copy of a checkpoint needs beside it to be resumed."""
+    return {name: (run_dir / name).read_text(encoding="utf-8") for name in RECORD_FILES}
+
+
+def differences(before: dict[str, Any], recipe: Recipe, dataset: dict[str, Any]) -> list[str]:
+    """What of a recorded run is another in this recipe and dataset; empty for the same run."""
+    if recipe.max_minutes:  # chooses the steps of a new run only
+        recipe = replace(recipe, max_steps=before["recipe"]["max_steps"])
+    new, defaults = (json.loads(json.dumps(asdict(each))) for each in (recipe, Recipe()))  # lists, as in the file
+    old = defaults | before["recipe"]  # a newer field had its default
+    differing = [f"{name} is {old[name]!r} there and {new[name]!r} here"
+                 for name in DEFINING_FIELDS if old[name] != new[name]]  # fmt: skip
+    if before["dataset"]["fingerprint"] != dataset["fingerprint"]:
+        differing.append("the dataset is another one")
+    return differing
 
 
 def _start(world_size: int) -> dict[str, Any]:

@@ -155,9 +155,9 @@ def row_text(kind: str, values: dict[str, Any]) -> list[str]:
             return [f"sample: {' '.join(text.split())}" for text in values["texts"]]
         case "checkpoint":
             return [f"saved in {values['seconds']:.1f} s"]
-        case "push":
+        case "push" | "mirror":
             outcome = f"to {values['url']}" if "url" in values else f"failed: {values['error']}"
-            return [f"push of step {values['checkpoint_step']} {outcome}"]
+            return [f"{kind} of step {values['checkpoint_step']} {outcome}"]
         case "overflow":
             return [f"not applied: the gradients overflow fp16, the loss scale falls to {values['loss_scale']:g}"]
         case "bad_step":

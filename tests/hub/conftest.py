@@ -12,6 +12,6 @@ def hub(monkeypatch, tmp_path):
     with StubHub() as hub:
         for name, value in {**hub.env, "HF_HOME": str(tmp_path / "hf")}.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # read when huggingface_hub was imported
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        for name, value in hub.constants.items():  # read when huggingface_hub was imported
+            monkeypatch.setattr(constants, name, value)
         yield hub

@@ -442,13 +442,19 @@ def test_a_run_pushes_in_the_background_and_its_last_checkpoint_is_awaited(train
 
 
 def test_a_run_whose_hub_dies_in_the_middle_ends_well_and_says_so(train_script, hub, unbroken_run, tmp_path):
-    def die_at_the_commit(method, path):
+    commits = []
+
+    def die_at_the_first_push(method, path):
         if "/commit/" in path:
+            commits.append(path)
+        if len(commits) > 1:  # the first one is that of the run's start
             hub.server.socket.close()  # nobody listens from now on
             return "drop"
 
-    hub.trouble = die_at_the_commit
-    output = train_script(tmp_path / "run", env=os.environ, hub_repo_id="me/model", hub_every=3)
+    hub.trouble = die_at_the_first_push
+    fields = {"hub_repo_id": "me/model", "hub_every": 3, "hub_state": "true"}
+    output = train_script(tmp_path / "run", env=os.environ, **fields)
+    assert "mirror of step 8 failed: " in output
     warnings = [line for line in output.splitlines() if " failed: the upload to me/model failed (" in line]
     assert 1 <= len(warnings) <= 3 and "push of step 8 failed" in warnings[-1]
     assert "done: step 8" in output and "Traceback" not in output
