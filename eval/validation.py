@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 from gpt2repro.data.encoding import HARD_TEXT
 from gpt2repro.data.loader import Batch, validation_batches
-from gpt2repro.data.shards import Dataset, TokenStream, check_contents, open_dataset, tokenizer_sha256
+from gpt2repro.data.shards import Dataset, check_contents, open_dataset, tokenizer_sha256
+from gpt2repro.data.stream import TokenStream
 
 from .loading import load_from, max_positions, start_token
 from .output import check_output, measured, write_results

@@ -25,7 +25,7 @@ DEFINING_FIELDS = (
 HUB_BRANCH = re.compile(r"hf://([^/@:]+/[^/@:]+)@(?!main/?$)([^/@:]+)/?")  # repository and branch
 TRACKERS = ("tensorboard", "wandb", "trackio")
 CHOICES = {
-    "dataset_format": ("auto", "gpt2repro", "build-nanogpt", "llm.c", "nanogpt"),
+    "dataset_format": ("auto", "gpt2repro", "build-nanogpt", "llm.c", "nanogpt", "datatrove"),
     "document_mask": ("false", "true", "restart"),
     "optimizer": ("adamw", "muon"),
     "schedule": ("cosine", "constant", "wsd_linear", "wsd_sqrt", "wsd_concave"),

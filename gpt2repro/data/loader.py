@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from gpt2repro.data.mixture import Order, Stream
-from gpt2repro.data.shards import TokenStream
+from gpt2repro.data.stream import TokenStream
 
 PREFETCH = 4  # micro-batches: one hides the reading, the others hide a slow disk
 IGNORED = -100  # the target that cross_entropy skips

@@ -15,7 +15,7 @@ from fractions import Fraction
 import numpy as np
 
 from gpt2repro.data.order import WindowOrder
-from gpt2repro.data.shards import Shard, TokenStream
+from gpt2repro.data.stream import Shard, TokenStream
 
 LONGEST_PATTERN = 100_000  # windows: making it takes less than a second
 

@@ -30,8 +30,9 @@ from tqdm import tqdm
 
 from gpt2repro import command
 from gpt2repro.data import encoding, shards, sources
-from gpt2repro.data.shards import SPLITS, UNFINISHED, ShardWriter, load_tokenizer, tokenizer_record
+from gpt2repro.data.shards import UNFINISHED, ShardWriter, load_tokenizer, tokenizer_record
 from gpt2repro.data.sources import Document, Source, open_source
+from gpt2repro.data.stream import SPLITS
 from gpt2repro.files import take_lock
 
 BATCH_BYTES = 2**20  # of text to a worker at a time: a second of its work

@@ -1,4 +1,4 @@
-"""Token shards on disk: the project's own format (read, write, verify) and three formats of others (read in place).
+"""Token shards on disk: the project's own format (read, write, verify), and those of others (foreign.py).
 
 Own format: a folder of `train-00000.npy …`, `val-00000.npy …` (1-D uint16, or uint32 where the vocabulary needs it),
 the tokenizer's files, and `dataset.json`, which is written last and records what the folder holds. <|endoftext|>
@@ -7,9 +7,6 @@ precedes every document. All shards of a split are ONE stream: nothing is lost a
     dataset = open_dataset("data/fineweb-edu-10b")      # checks sizes and headers; verify() checks contents
     train = dataset.split("train")
     train.read(start=123_456_789, count=1025)            # token ids; after the last token comes token 0
-
-Foreign formats: build-nanogpt folders of .npy, llm.c / modded-nanogpt .bin (magic 20240520, version 1), nanoGPT's .bin
-(raw uint16 without a header, so it must be named: format="nanogpt"). They do not record their tokenizer: name it.
 """
 
 import hashlib
@@ -18,23 +15,23 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gpt2repro.command import say
+from gpt2repro.data.foreign import FOREIGN, find_shards
 from gpt2repro.data.hashes import known_sha256
+from gpt2repro.data.stream import SPLITS, Shard, TokenStream
 from gpt2repro.files import file_sha256, seal, sync, write_whole
 
 FORMAT_VERSION = 2  # 1 had no seal
-SPLITS = ("train", "val")
 UNFINISHED = ".preparing"  # the folder inside a dataset folder where prepare.py keeps what is not finished
 HEADER_BYTES = 128  # of an own shard: a constant, so that the header can be written after the tokens are counted
-LLMC_HEADER_BYTES = 256 * 4  # int32: magic, version, tokens, zeros
-LLMC_MAGIC, LLMC_VERSION = 20240520, 1
-FORMATS = ("auto", "gpt2repro", "build-nanogpt", "llm.c", "nanogpt")
-OPEN_FILES = 64  # shards kept open at once; 350B tokens are 3,500 shards, and a process may have 1,024 files open
+FORMATS = ("auto", "gpt2repro", *FOREIGN)
+PROBE_TOKENS = 2**20  # of a foreign dataset, in which <|endoftext|> is looked for
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -114,66 +111,6 @@ def write_record(file: Path, content: dict) -> None:
     write_whole(file, json.dumps({**record, "sha256": seal(record)}, indent=1, ensure_ascii=False) + "\n")
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One file of tokens: `tokens` ids of `dtype` from byte `offset` on, and its recorded sha256.
-
-    Raises ValueError if the file is missing or has another size.
-    """
-
-    path: Path
-    dtype: np.dtype
-    offset: int
-    tokens: int
-    sha256: str | None = None
-
-    def __post_init__(self) -> None:
-        self.check()
-
-    def check(self) -> None:
-        expected = self.offset + self.tokens * self.dtype.itemsize
-        size = self.path.stat().st_size if self.path.exists() else 0
-        if size != expected:
-            what = "longer than its header says" if size > expected else "truncated" if size else "missing"
-            raise ValueError(f"{self.path} is {what}: {size:,} bytes, expected {expected:,}; copy or make it again")
-
-
-class TokenStream:
-    """All shards of a split as one circular stream of token ids.
-
-    Plain reads, not memory maps: mapped pages would count as this process's memory and grow to the dataset's size.
-    """
-
-    def __init__(self, shards: list[Shard]) -> None:
-        self.shards = shards
-        self.tokens = sum(shard.tokens for shard in shards)
-        self.dtype = np.result_type(*(shard.dtype for shard in shards))
-        self._ends = np.cumsum([shard.tokens for shard in shards])
-        self._open = lru_cache(OPEN_FILES)(lambda path: open(path, "rb", buffering=0))
-
-    def locate(self, position: int, ahead: int = 0) -> tuple[Shard, int]:
-        """The shard of the token `ahead` of a stream position, and the place within its tokens."""
-        position = (position + ahead) % self.tokens
-        index = int(np.searchsorted(self._ends, position, side="right"))
-        return self.shards[index], position - int(self._ends[index]) + self.shards[index].tokens
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """`count` ids from `start` on, across shard ends; after the last token of the stream comes token 0."""
-        parts = [np.empty(0, self.dtype)]
-        while count > 0:
-            shard, first = self.locate(start)
-            part = min(count, shard.tokens - first)
-            offset, size = shard.offset + first * shard.dtype.itemsize, part * shard.dtype.itemsize
-            file = self._open(shard.path)  # held: the cache may drop and so close it for another thread
-            content = os.pread(file.fileno(), size, offset)
-            part = len(content) // shard.dtype.itemsize  # one read gives at most 2 GiB, on a network disk less
-            if not part:
-                raise ValueError(f"{shard.path} ends early: it was cut after it was opened; copy it again")
-            parts.append(np.frombuffer(content, shard.dtype, part))
-            start, count = start + part, count - part
-        return np.concatenate(parts)
-
-
 @dataclass
 class Dataset:
     """An opened dataset: its shards by split, and what is recorded about them (`info`, as in dataset.json).
@@ -223,7 +160,7 @@ def open_dataset(
 ) -> Dataset:
     """Open a prepared folder, or foreign shards in place; several folders (parts) become one stream per split.
 
-    format: auto, gpt2repro, build-nanogpt, llm.c or nanogpt. tokenizer: a folder or Hub id, for foreign shards only.
+    format: one of FORMATS. tokenizer: a folder or Hub id, for foreign shards only.
     Raises ValueError for what is missing, damaged, or made with different tokenizers.
     """
     if format not in FORMATS:
@@ -275,29 +212,31 @@ def _open_own(path: Path) -> Dataset:
 
 
 def _open_foreign(path: Path, layout: str, tokenizer: str | None) -> Dataset:
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    suffixes = {file.suffix for file in files} & {".npy", ".bin"}
-    if layout == "auto" and len(suffixes) == 1:
-        layout = "build-nanogpt" if suffixes == {".npy"} else "llm.c"
-    if layout not in FOREIGN:
-        advice = f"name a prepared dataset, or the format: {', '.join(FOREIGN)}"
-        raise ValueError(f"{path} holds neither dataset.json nor .npy or .bin shards of one kind; {advice}")
-    suffix, read = FOREIGN[layout]
-    shards: dict[str, list[Shard]] = {name: [] for name in SPLITS}
-    for file in files:
-        split = next((name for name in SPLITS if name in file.name), None)
-        if split and file.suffix == suffix:
-            shards[split].append(read(file))
-    if not any(shards.values()):
-        raise ValueError(f"{path} has no {suffix} file of {layout} with 'train' or 'val' in its name; rename them")
+    layout, shards, recorded = find_shards(path, layout)
+    tokenizer = tokenizer or recorded
     if tokenizer is None:
-        raise ValueError(f"{path} is in {layout}'s format, which does not say its tokenizer; name it (GPT-2's: gpt2)")
+        raise ValueError(f"{path} is in {layout}'s format and does not say its tokenizer; name it (GPT-2's: gpt2)")
     info: dict = {"format": layout, "splits": {}}
     for name in (name for name in SPLITS if shards[name]):
         records = [{"file": shard.path.name, "tokens": shard.tokens} for shard in shards[name]]
         info["splits"][name] = {"tokens": sum(shard.tokens for shard in shards[name]), "shards": records}
     fingerprint = hashlib.sha256(json.dumps(info).encode()).hexdigest()
-    return Dataset(str(path), shards, tokenizer, fingerprint, info, **tokenizer_record(load_tokenizer(tokenizer)))
+    tokens = tokenizer_record(load_tokenizer(tokenizer))
+    dataset = Dataset(str(path), shards, tokenizer, fingerprint, info, **tokens)
+    if layout == "datatrove":
+        _check_datatrove(dataset)
+    return dataset
+
+
+def _check_datatrove(dataset: Dataset) -> None:
+    """Refuse another tokenizer's size of an id. Without its eos_token datatrove does not mark where documents end."""
+    dtype = token_dtype(dataset.vocab_size)
+    for stream in dataset.streams.values():
+        if stream.dtype != dtype:
+            wrong = f"{dataset.path} holds {stream.dtype.name}, but {dataset.tokenizer} has {dataset.vocab_size:,} ids"
+            raise ValueError(f"{wrong}, which are {dtype.name}: name the tokenizer that made it")
+        if dataset.eot_id not in stream.read(0, min(stream.tokens, PROBE_TOKENS)):
+            say(f"warning: {dataset.path} has no <|endoftext|> between documents: give datatrove an eos_token")
 
 
 def _join(datasets: list[Dataset]) -> Dataset:
@@ -320,38 +259,6 @@ def _own_shard(folder: Path, dtype: np.dtype, record: dict) -> Shard:
         if file.read(HEADER_BYTES) != shard_header(dtype, shard.tokens):
             raise ValueError(f"{path} has another header than dataset.json says; copy or prepare it again")
     return shard
-
-
-def _npy_shard(path: Path) -> Shard:
-    """A shard as numpy.save writes it (build-nanogpt)."""
-    try:
-        array = np.load(path, mmap_mode="r")
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is no readable .npy file ({error}); copy or tokenise it again") from error
-    if array.ndim != 1 or array.dtype.str not in ("<u2", "<u4"):
-        raise ValueError(f"{path} holds {array.dtype} of shape {array.shape}, expected 1-D uint16 or uint32")
-    return Shard(path, array.dtype, array.offset, len(array))
-
-
-def _llmc_shard(path: Path) -> Shard:
-    """A shard of llm.c or modded-nanogpt: 256 int32 of header, then uint16."""
-    header = np.fromfile(path, dtype="<i4", count=3).tolist()
-    if len(header) < 3 or header[:2] != [LLMC_MAGIC, LLMC_VERSION]:
-        expected = f"magic {LLMC_MAGIC} and version {LLMC_VERSION} (llm.c, modded-nanogpt)"
-        advice = 'for nanoGPT\'s raw uint16 ids without a header name the format "nanogpt"'
-        raise ValueError(f"{path} begins with {header[:2]}, expected {expected}; {advice}")
-    return Shard(path, np.dtype("<u2"), LLMC_HEADER_BYTES, header[2])
-
-
-def _nanogpt_shard(path: Path) -> Shard:
-    """nanoGPT's train.bin or val.bin: uint16 ids and nothing else."""
-    size = path.stat().st_size
-    if not size or size % 2:
-        raise ValueError(f"{path} has {size:,} bytes, which is no whole number of uint16 ids; copy it again")
-    return Shard(path, np.dtype("<u2"), 0, size // 2)
-
-
-FOREIGN = {"build-nanogpt": (".npy", _npy_shard), "llm.c": (".bin", _llmc_shard), "nanogpt": (".bin", _nanogpt_shard)}
 
 
 # ---------------------------------------------------------------------------------------------------- writing

@@ -15,7 +15,6 @@ from gpt2repro.data.mixture import MixtureOrder, MixtureStream, Order, Stream, s
 from gpt2repro.data.order import WindowOrder
 from gpt2repro.data.prepare import prepare
 from gpt2repro.data.shards import (
-    SPLITS,
     Dataset,
     check_contents,
     load_tokenizer,
@@ -24,6 +23,7 @@ from gpt2repro.data.shards import (
     tokenizer_sha256,
 )  # fmt: skip
 from gpt2repro.data.sources import HUB, open_source, was_made_from
+from gpt2repro.data.stream import SPLITS
 from gpt2repro.processes import on_every_process, on_main_process
 from gpt2repro.recipe import Recipe
 

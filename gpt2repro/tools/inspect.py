@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from gpt2repro.data.shards import Dataset, TokenStream, load_tokenizer, open_dataset
+from gpt2repro.data.shards import Dataset, load_tokenizer, open_dataset
+from gpt2repro.data.stream import TokenStream
 from gpt2repro.eval.loading import load_model
 from gpt2repro.eval.output import picture_file
 from gpt2repro.run.checkpoints import verify_checkpoint

@@ -13,7 +13,8 @@ import torch
 
 from gpt2repro.data.loader import TrainLoader, validation_batches, validation_tokens
 from gpt2repro.data.order import WindowOrder
-from gpt2repro.data.shards import TokenStream, open_dataset
+from gpt2repro.data.shards import open_dataset
+from gpt2repro.data.stream import TokenStream
 
 IDS = np.random.default_rng(0).integers(0, 1000, 3217)
 T = 16

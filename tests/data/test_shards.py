@@ -10,7 +10,8 @@ import numpy as np
 import psutil
 import pytest
 
-from gpt2repro.data.shards import Shard, TokenStream, open_dataset, tokenizer_sha256
+from gpt2repro.data.shards import open_dataset, tokenizer_sha256
+from gpt2repro.data.stream import Shard, TokenStream
 from gpt2repro.tools.inspect import main as inspect
 
 IDS = np.random.default_rng(0).integers(0, 50257, 4321)
@@ -122,6 +123,13 @@ def llmc_bytes(ids: np.ndarray, *, magic: int = 20240520, version: int = 1, toke
     return header.tobytes() + ids.astype("<u2").tobytes()
 
 
+def write_ds(path: Path, ids: np.ndarray, *, dtype: str = "<u2", tokenizer: str = "gpt2") -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(ids.astype(dtype).tobytes())
+    Path(f"{path}.index").write_bytes(np.array([len(ids) // 2, len(ids)], "<u8").tobytes())
+    Path(f"{path}.metadata").write_text(f"{tokenizer}|{dtype[-1]}\n{len(ids)}\n{len(ids)} T")
+
+
 def write_foreign(folder: Path, kind: str) -> Path:
     """The same ids as each project's own script would leave them."""
     folder.mkdir()
@@ -133,6 +141,11 @@ def write_foreign(folder: Path, kind: str) -> Path:
         (folder / "fineweb_val_000000.bin").write_bytes(llmc_bytes(IDS[:1000]))
         (folder / "fineweb_train_000001.bin").write_bytes(llmc_bytes(IDS[1000:3000]))
         (folder / "fineweb_train_000002.bin").write_bytes(llmc_bytes(IDS[3000:]))
+    elif kind == "datatrove":
+        write_ds(folder / "val_00000_unshuffled.ds", IDS[:1000])
+        write_ds(folder / "000_train.ds", IDS[1000:3000])  # as the merger names them
+        write_ds(folder / "001_train.ds", IDS[3000:])
+        (folder / "train.ds.metadata").write_text("gpt2|2\n3321\n3.32 kT")
     else:
         IDS[:1000].astype(np.uint16).tofile(folder / "val.bin")
         IDS[1000:].astype(np.uint16).tofile(folder / "train.bin")
@@ -140,7 +153,7 @@ def write_foreign(folder: Path, kind: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["build-nanogpt", "llm.c", "nanogpt"])
+@pytest.mark.parametrize("kind", ["build-nanogpt", "llm.c", "nanogpt", "datatrove"])
 def test_foreign_shards_are_read_in_place(tmp_path: Path, dataset_folder: Path, kind: str) -> None:
     folder = write_foreign(tmp_path / "foreign", kind)
     before = sorted(folder.iterdir())
@@ -168,7 +181,7 @@ def test_foreign_shards_are_read_in_place(tmp_path: Path, dataset_folder: Path, 
         ("train.bin", llmc_bytes(IDS), {"tokenizer": "no/such/folder"}, "no tokenizer loads from 'no/such/folder'"),
         ("train.npy", b"\x93NUMPY garbage", {}, "no readable .npy"),
         ("train.bin", llmc_bytes(IDS), {"format": "megatron"}, "unknown format 'megatron'"),
-        ("train.txt", b"To be", {}, "neither dataset.json nor .npy or .bin"),
+        ("train.txt", b"To be", {}, r"neither dataset.json nor .npy, .bin or .ds"),
     ],
 )
 def test_foreign_shards_with_wrong_content_are_refused(
@@ -177,6 +190,50 @@ def test_foreign_shards_with_wrong_content_are_refused(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         open_dataset(tmp_path, **{"tokenizer": str(dataset_folder), **options})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("000_train.ds", IDS[:1000].astype("<u2").tobytes() + b"x", "longer than its header says: 2,001 bytes"),
+        ("000_train.ds", IDS[:999].astype("<u2").tobytes(), "truncated: 1,998 bytes, expected 2,000"),
+        ("000_train.ds.index", np.array([500, 999], "<u8").tobytes(), "does not end at token 1,000"),
+        ("000_train.ds.index", np.array([500, 1000], "<u8").tobytes()[:-3], "does not end at token 1,000"),
+        ("000_train.ds.index", b"", "does not end at token 1,000"),
+        ("000_train.ds.metadata", b"gpt2|4\n1000\n1 kT", "truncated: 2,000 bytes, expected 4,000"),
+        ("000_train.ds.metadata", b"gpt2|8\n1000\n1 kT", "damaged .*expected TOKENIZER"),
+        ("000_train.ds.metadata", b"gpt2|2", "damaged .*expected TOKENIZER"),
+        ("000_train.ds.metadata", b"gpt2|2\n\xff", "damaged .*expected TOKENIZER"),
+        ("000_train.ds.metadata", b"llama|2\n1000\n1 kT", r"several tokenizers \(gpt2, llama\)"),
+        ("000_train.ds.metadata", None, "no 000_train.ds.metadata, which datatrove writes last"),
+        ("000_train.ds.loss", b"\x01" * 1000, "takes the loss of some tokens away"),
+        ("train.ds.metadata", b"gpt2|2\n3000\n3 kT", "records 3,000 tokens, but its shards have 1,000"),
+    ],
+)
+def test_a_damaged_folder_of_datatrove_is_refused(
+    tmp_path: Path, dataset_folder: Path, name: str, content: bytes | None, message: str
+) -> None:
+    write_ds(tmp_path / "000_train.ds", IDS[:1000])
+    write_ds(tmp_path / "val.ds", IDS[:10])
+    (tmp_path / name).unlink(missing_ok=True) if content is None else (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_dataset(tmp_path, tokenizer=str(dataset_folder))
+
+
+def test_datatroves_folders_name_the_split_where_its_files_do_not(tmp_path: Path, dataset_folder: Path) -> None:
+    write_ds(tmp_path / "train" / "00000_unshuffled.ds", IDS[:1000])
+    write_ds(tmp_path / "validation" / "00000_unshuffled.ds", IDS[:10])
+    write_ds(tmp_path / "tokenised" / "00000_unshuffled.ds", IDS[:1000])  # what the merger read
+    dataset = open_dataset(tmp_path, tokenizer=str(dataset_folder))
+    assert {name: stream.tokens for name, stream in dataset.streams.items()} == {"train": 1000, "val": 10}
+    alone = open_dataset(tmp_path / "tokenised", tokenizer=str(dataset_folder))
+    assert list(alone.streams) == ["train"]
+
+
+def test_datatroves_ids_are_of_the_size_that_their_tokenizer_needs(tmp_path: Path, dataset_folder: Path) -> None:
+    write_ds(tmp_path / "train.ds", IDS, dtype="<u4", tokenizer=str(dataset_folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"holds uint32, but .* has 1,024 ids, which are uint16"):
+        open_dataset(tmp_path)  # the tokenizer is the recorded one
 
 
 def test_a_foreign_file_belongs_to_one_split(tmp_path: Path, dataset_folder: Path) -> None:
