@@ -1,6 +1,6 @@
 """What a person waits for: answers of a command, imports, starts of a run cold and warm, a save, a resume, a score.
 
-    python -m benchmarks.waiting [--model gpt2] [--repeats 3] [--json F.json]
+    python -m benchmarks.waiting [--model gpt2] [--tokenizer GPT2_TOKENIZER] [--repeats 3] [--json F.json]
 
 Every wait is that of a whole new process, by the clock. A cold start has an empty compiler's cache, the warm one uses
 what the cold one left there; both end when step 1 is in metrics.jsonl. Runs train on Python's own documentation.
@@ -67,7 +67,7 @@ def waits(arguments: argparse.Namespace, dataset: Path, folder: Path) -> Iterato
     for name, (words, code) in ANSWERS.items():
         yield name, seconds_of(words, code=code)
     recipe = {
-        "dataset_dir": dataset, "model": arguments.model, "vocab_size": 50257, "seq_len": 256, "micro_batch_size": 4,
+        "dataset_dir": dataset, "model": arguments.model, "seq_len": 256, "micro_batch_size": 4,
         "global_batch_tokens": 1024, "max_steps": STEPS, "warmup_steps": 1, "eval_every": 0, "sample_every": 0,
         "save_every": SAVED,
     }  # fmt: skip
@@ -90,12 +90,13 @@ def measure(arguments: argparse.Namespace) -> dict:
     """Median, least and most seconds of every wait."""
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="waiting-") as temporary:
-        dataset = prepare(source="python-docs", tokenizer="train:512", out=Path(temporary) / "data")
+        dataset = prepare(source="python-docs", tokenizer=arguments.tokenizer, out=Path(temporary) / "data")
         for repeat in range(arguments.repeats):
             folder = Path(temporary) / str(repeat)
             folder.mkdir()
             for name, took in waits(arguments, dataset, folder):
                 seconds.setdefault(name, []).append(took)
+                print(f"{took:8.2f} s  {name}", flush=True)
             shutil.rmtree(folder)
     print_row("wait", "seconds", "least", "most")
     for name, times in seconds.items():
@@ -106,6 +107,8 @@ def measure(arguments: argparse.Namespace) -> dict:
 def main(argv: list[str] | None = None) -> int:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--model", default="gpt2", choices=list(NAMED_SHAPES), help="shape (default: %(default)s)")
+    tokenizer = "its entries are the rows of the head: train:N, a folder or a Hub id (default: %(default)s)"
+    parser.add_argument("--tokenizer", default="train:4096", help=tokenizer)
     parser.add_argument("--repeats", type=int, default=3, help="of everything (default: %(default)s)")
     arguments = parser.parse_args(argv)
     return command.run(lambda: finish(arguments, measure(arguments)))
