@@ -71,9 +71,9 @@ class Parser(argparse.ArgumentParser):
 def run(work: Callable[[], int | None], *, errors_only: bool = False) -> int:
     """Do `work` and return the exit code.
 
-    ValueError, OSError and ImportError are errors that a person can fix: a line on standard error for each line of
-    their text. Any other exception is a fault of the program and keeps its traceback. `errors_only` silences the
-    libraries' own warnings.
+    ValueError, OSError, ImportError and MemoryError are errors that a person can fix: a line on standard error for
+    each line of their text. Any other exception is a fault of the program and keeps its traceback. `errors_only`
+    silences the libraries' own warnings.
     """
     quiet_libraries(errors_only=errors_only)
     # Closed by the shell (>&-): Python then has None in its place, and the next file that is opened its number.
@@ -92,7 +92,7 @@ def run(work: Callable[[], int | None], *, errors_only: bool = False) -> int:
         if not int(os.environ.get("RANK", 0)):  # every process reads the same command line
             explain(error)
         return USAGE
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, MemoryError) as error:
         explain(error)
         try:
             sys.stdout.flush()

@@ -75,9 +75,13 @@ def base_of_adapter(source: str | Path) -> str | None:
     if (folder / "config.json").exists() or not (folder / "adapter_config.json").is_file():
         return None
     try:
-        return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        itself = Path(base).resolve() == folder.resolve()
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'adapter_config.json'} names no base model ({reason(error)})") from None
+    if itself:
+        raise ValueError(f"{folder / 'adapter_config.json'} names its own folder as the base model")
+    return base
 
 
 def with_adapter(model: Any, folder: str | Path) -> Any:

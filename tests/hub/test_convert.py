@@ -352,10 +352,15 @@ def test_weights_that_are_not_finite_are_refused(unbroken_run, tmp_path, capsys)
         ("README.md", "---\nlicense: [\n---\n", "README.md is no YAML"),
         ("adapter_config.json", "{}", "adapter_config.json names no base model (KeyError"),
         ("adapter_config.json", "[]", "adapter_config.json names no base model (TypeError"),
+        ("adapter_config.json", '{"base_model_name_or_path": null}', "names no base model (TypeError"),
+        ("adapter_config.json", '{"base_model_name_or_path": "stock-bin/../stock-bin"}', "its own folder as the base"),
         ("adapter_config.json", "{", "adapter_config.json names no base model (JSONDecodeError"),
     ],
 )
-def test_a_damaged_file_beside_the_weights_is_named(stock_folder, tmp_path, capsys, name, content, expected):
+def test_a_damaged_file_beside_the_weights_is_named(
+    stock_folder, tmp_path, monkeypatch, capsys, name, content, expected
+):
+    monkeypatch.chdir(tmp_path)
     (stock_folder / name).write_text(content)
     if name == "adapter_config.json":
         (stock_folder / "config.json").unlink()
