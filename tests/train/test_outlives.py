@@ -102,6 +102,7 @@ def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for_on_resume(tra
     )
     output = train_script(run_dir, script=broken, save_every=4, exit_code=1)
     assert "error: the validation cannot be read" in output
+    assert (run_dir / "latest").resolve().name == "step-00000004"
     train_script(run_dir, save_every=4)
     for kind in ("train", "val"):
         found, expected = train_rows(run_dir, kind), train_rows(unbroken_run, kind)
