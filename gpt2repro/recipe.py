@@ -48,7 +48,7 @@ class Recipe:
 
     # where
     output_dir: str = _option("runs/gpt2-124m", "folder of the run: checkpoints, metrics.jsonl, run.json")
-    dataset_dir: tuple[str, ...] = _option(("data/fineweb-edu-10b",), "prepared datasets, or where one is to be made")
+    dataset_dir: tuple[str, ...] = _option(("data/fineweb-edu-10b",), "prepared datasets, or hf://datasets/OWNER/NAME")
     dataset_weights: tuple[float, ...] = _option((), "a weight for each dataset_dir of a mixture; none: one stream")
     dataset_format: str = _option("auto", "format of dataset_dir; nanoGPT's .bin must be named")
     source: str | None = _option(None, "source of a new dataset_dir: python-docs, files, text, fineweb-edu, …")

@@ -30,10 +30,12 @@ from tqdm import tqdm
 
 from gpt2repro import command
 from gpt2repro.data import encoding, shards, sources
+from gpt2repro.data.published import ADDRESS
 from gpt2repro.data.shards import UNFINISHED, ShardWriter, load_tokenizer, tokenizer_record
 from gpt2repro.data.sources import Document, Source, open_source
 from gpt2repro.data.stream import SPLITS
 from gpt2repro.files import take_lock
+from gpt2repro.hub.upload import upload, writable_repo
 
 BATCH_BYTES = 2**20  # of text to a worker at a time: a second of its work
 SKIPPED_BYTES = 2**7  # what a skipped record counts in a batch: a batch of these alone must end as well
@@ -371,10 +373,17 @@ def main(argv: list[str] | None = None) -> int:
     add("--shard-tokens", type=int, metavar="N", help="tokens a shard (default: 100,000,000)")
     add("--part", metavar="I/N", help="prepare only the I-th, from 0, of N disjoint parts")
     add("--fast", action="store_true", help="encode with gigatoken, where it gives the same ids")
+    add("--push", metavar="OWNER/NAME", help="upload the folder to this dataset of the Hub; a new one is private")
     options = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
 
     def work() -> None:
-        prepare(**options)
+        push = options.pop("push", None)
+        repo_id = push and writable_repo(push, repo_type="dataset")  # hours before it is needed
+        out = prepare(**options)
+        if repo_id:
+            shards.check_contents(shards.open_dataset(out))
+            upload(out, repo_id, message="Upload a prepared dataset", repo_type="dataset")
+            command.say(f"dataset_dir: {ADDRESS}{repo_id}")
 
     return command.run(work)
 

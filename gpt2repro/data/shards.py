@@ -24,6 +24,7 @@ import numpy as np
 from gpt2repro.command import say
 from gpt2repro.data.foreign import FOREIGN, find_shards
 from gpt2repro.data.hashes import known_sha256
+from gpt2repro.data.published import local_folder
 from gpt2repro.data.stream import SPLITS, Shard, TokenStream
 from gpt2repro.files import file_sha256, seal, sync, write_whole
 
@@ -158,7 +159,7 @@ class Dataset:
 def open_dataset(
     path_or_paths: str | Path | list, *, format: str = "auto", tokenizer: str | None = None  # noqa: A002
 ) -> Dataset:
-    """Open a prepared folder, or foreign shards in place; several folders (parts) become one stream per split.
+    """Open a prepared folder, on disk or on the Hub, or foreign shards in place; several become one stream per split.
 
     format: one of FORMATS. tokenizer: a folder or Hub id, for foreign shards only.
     Raises ValueError for what is missing, damaged, or made with different tokenizers.
@@ -168,7 +169,7 @@ def open_dataset(
     paths = [path_or_paths] if isinstance(path_or_paths, str | Path) else path_or_paths
     if not paths:
         raise ValueError("no dataset folder given; name at least one")
-    datasets = [_open_one(Path(os.path.expanduser(path)), format, tokenizer) for path in paths]
+    datasets = [_open_one(local_folder(path), format, tokenizer) for path in paths]
     return _join(datasets) if len(datasets) > 1 else datasets[0]
 
 

@@ -14,6 +14,7 @@ from gpt2repro.data.loader import Batch, Documents, TrainLoader, validation_batc
 from gpt2repro.data.mixture import MixtureOrder, MixtureStream, Order, Stream, shares_of
 from gpt2repro.data.order import WindowOrder
 from gpt2repro.data.prepare import prepare
+from gpt2repro.data.published import is_published
 from gpt2repro.data.shards import (
     Dataset,
     check_contents,
@@ -154,7 +155,7 @@ def preparation_command(recipe: Recipe) -> str:
 def _prepare_if_missing(recipe: Recipe, *, world_size: int) -> None:
     """Make `dataset_dir` from the recipe's source; nothing large while other processes wait for it."""
     folder = recipe.dataset_dir[0]
-    if not recipe.source or Path(os.path.expanduser(folder), "dataset.json").exists():
+    if not recipe.source or is_published(folder) or Path(os.path.expanduser(folder), "dataset.json").exists():
         return
     files, tokenizer = list(recipe.files) or None, str(recipe.tokenizer)
     if world_size > 1:

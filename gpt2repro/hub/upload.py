@@ -17,8 +17,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import http_backoff
 
 TRIES = 5
-# Files that an older upload may have and this one not: `from_pretrained` might load them.
-REPLACED = ["*.safetensors", "*.safetensors.index.json", "*_gpt2repro.py", "curves.png"]
+# Files that an older upload may have and this one not: `from_pretrained` might load them. *.npy: shards.
+REPLACED = ["*.safetensors", "*.safetensors.index.json", "*_gpt2repro.py", "curves.png", "*.npy"]
 
 
 def hub_is_reachable() -> bool:
@@ -37,8 +37,8 @@ def hub_is_reachable() -> bool:
     return True
 
 
-def writable_repo(repo_id: str, *, private: bool = True) -> str:
-    """Make the model repository if there is none (an existing one keeps its visibility); returns OWNER/NAME.
+def writable_repo(repo_id: str, *, private: bool = True, repo_type: str = "model") -> str:
+    """Make the repository if there is none (an existing one keeps its visibility); returns OWNER/NAME.
 
     Raises:
         ValueError: no network, no token, an invalid name, or no right to write there.
@@ -48,14 +48,14 @@ def writable_repo(repo_id: str, *, private: bool = True) -> str:
     if not get_token():
         raise ValueError(f"there is no token for the Hub: run `hf auth login` or set HF_TOKEN to write to {repo_id!r}")
     try:
-        repo_id = HfApi().create_repo(repo_id, private=private, exist_ok=True).repo_id
-        HfApi().auth_check(repo_id, write=True)
+        repo_id = HfApi().create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type).repo_id
+        HfApi().auth_check(repo_id, write=True, repo_type=repo_type)
     except Exception as error:
         raise ValueError(f"the Hub does not let us write to {repo_id!r} ({one_line(error)})") from error
     return repo_id
 
 
-def upload(folder: str | Path, repo_id: str, *, message: str) -> str:
+def upload(folder: str | Path, repo_id: str, *, message: str, repo_type: str = "model") -> str:
     """Upload the files of a folder in one commit; returns its address.
 
     A second try after a failure sends only what is missing, and nothing is visible before the commit.
@@ -65,8 +65,9 @@ def upload(folder: str | Path, repo_id: str, *, message: str) -> str:
     """
     try:
         commit = commit_onto_head(repo_id, lambda head: HfApi().upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=REPLACED, parent_commit=head,
-        ))  # fmt: skip
+            repo_id=repo_id, repo_type=repo_type, folder_path=folder, commit_message=message,
+            delete_patterns=REPLACED, parent_commit=head,
+        ), repo_type=repo_type)  # fmt: skip
         return commit.commit_url
     except Exception as error:  # of the HTTP library, of xet, of the Hub
         raise ValueError(
@@ -75,7 +76,7 @@ def upload(folder: str | Path, repo_id: str, *, message: str) -> str:
 
 
 def commit_onto_head(
-    repo_id: str, commit: Callable[[str | None], CommitInfo], *, branch: str | None = None
+    repo_id: str, commit: Callable[[str | None], CommitInfo], *, branch: str | None = None, repo_type: str = "model"
 ) -> CommitInfo:
     """`commit(head)` makes a commit that names the head as its parent; again, if another commit came first.
 
@@ -84,7 +85,7 @@ def commit_onto_head(
     """
     for tries in range(1, TRIES + 1):
         try:
-            return commit(HfApi().model_info(repo_id, revision=branch).sha)
+            return commit(HfApi().repo_info(repo_id, revision=branch, repo_type=repo_type).sha)
         except HfHubHTTPError as error:
             if error.response.status_code != 412 or tries == TRIES:
                 raise

@@ -29,6 +29,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from gpt2repro.data.mixture import MixtureOrder
 from gpt2repro.data.order import WindowOrder
+from gpt2repro.data.published import is_published
 from gpt2repro.data.shards import Dataset
 from gpt2repro.data.training_data import TrainingData, open_recipe_dataset, preparation_command
 from gpt2repro.hub.convert import load_as_gpt2repro
@@ -72,7 +73,7 @@ def examine(
     # ---- the recipe and the data ---------------------------------------------------------------------------
     recipe.check(world_size=processes)
     recipe = take_shape(recipe, world_size=processes)
-    if recipe.source and not Path(recipe.dataset_dir[0]).exists():
+    if recipe.source and not (is_published(recipe.dataset_dir[0]) or Path(recipe.dataset_dir[0]).exists()):
         raise ValueError(f"there is no {recipe.dataset_dir[0]}; make it first: {preparation_command(recipe)}")
     accelerator = start_accelerator(recipe)
     device, loss_impl = accelerator.device, loss_form(recipe, accelerator.device)

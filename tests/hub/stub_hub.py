@@ -98,6 +98,7 @@ class StubHub:
 
     def reply(self, method, path, body, authorization, query=""):
         """(status, JSON or bytes, headers) of one call. A KeyError is a 404."""
+        path = path.replace("/api/datasets/", "/api/models/").removeprefix("/datasets")  # one name, one repository
         if path == "/":
             return 200, {}, {}
         if match := re.fullmatch(r"/lfs/(\w+)", path):  # a signed address: no token goes there
@@ -158,7 +159,7 @@ class StubHub:
         if call == "preupload":
             return 200, {"files": [
                 {"path": file["path"], "shouldIgnore": False,
-                 "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".png")) else "regular",
+                 "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".png", ".npy")) else "regular",
                  "oid": self._oid(files[file["path"]]) if file["path"] in files else None}
                 for file in json.loads(body)["files"]
             ]}, {}  # fmt: skip
