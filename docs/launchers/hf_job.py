@@ -9,6 +9,7 @@
 #     "evaluate>=0.4.6",
 #     "safetensors>=0.8",
 #     "huggingface_hub>=1.21",
+#     "fsspec>=2025.3",
 #     "filelock>=3.12",
 #     "numpy>=2.0",
 #     "psutil>=5.9",

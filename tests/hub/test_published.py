@@ -25,7 +25,7 @@ def pushed(hub, tiny_dataset, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
     folder = shutil.copytree(tiny_dataset, tmp_path / "python-docs")
     assert prepare.main([*PREPARE, str(folder)]) == 0
-    assert f"dataset_dir: {ADDRESS}" in capsys.readouterr().err
+    assert f"dataset_dir: {ADDRESS}" in capsys.readouterr().out
     return folder
 
 
