@@ -187,10 +187,10 @@ class StubHub:
         raise KeyError(path)
 
     def _branch(self, repo, branch):
-        """The files of a branch."""
+        """The files of a branch, or of the newest commit of main by its hash."""
         if repo not in self.files:
             raise KeyError(repo, "RepoNotFound")
-        if branch == "main":
+        if branch in ("main", self._head(self.files[repo])):
             return self.files[repo]
         if (repo, branch) not in self.branches:
             raise KeyError(branch, "RevisionNotFound")
