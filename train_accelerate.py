@@ -201,12 +201,13 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
             saved = step
             log.write(step, "checkpoint", seconds=time.perf_counter() - began)
         evaluate(step)  # after the save: an evaluation that fails loses no step
+        ended_early = early_stop.reason()
         for each in pushes:
-            if newest and each.is_due(step):
+            if newest and (ended_early or each.is_due(step)):
                 each.submit(newest)
             for row in each.finished():
                 log.write(step, each.kind, **row)
-        if (ended_early := early_stop.reason()) or stopping_ranks:
+        if ended_early or stopping_ranks:
             break
         watchdog.step = step
 
