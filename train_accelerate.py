@@ -108,7 +108,7 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
     if recipe.max_minutes:
         speed = world_size * estimates.tokens_per_second(backward, first_batch)
         raw.zero_grad()
-        fitting = partial(estimates.within_minutes, recipe, speed)
+        fitting = partial(estimates.within_minutes, recipe, speed, start_step=start_step)
         recipe, chosen = processes.on_main_process(accelerator, fitting)
         checked += f"\n{chosen}"
     evaluation = processes.on_every_process(lambda: Evaluation(recipe, data, accelerator, loss_impl=loss_impl))
@@ -123,6 +123,7 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
         if recipe.mirror_url():
             pushes.insert(0, mirror.MirrorPush(recipe, folder))
         folder.resume_from(checkpoint, step=start_step)
+        folder.mark_best(EarlyStop(recipe, folder.rows(up_to=start_step)).best)
         log = folder.open_metrics(recipe, step=start_step)
 
     processes.on_main_process(accelerator, take_folder)
@@ -131,11 +132,13 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
     log.show(f"{recipe.output_dir}: step {start_step} to {recipe.max_steps}{resumed}")
     log.show(description(recipe, accelerator, raw, data, compiled=compiled, loss_impl=loss_impl))
     log.show(checked)
+    early_stop = EarlyStop(recipe, rows)
+    ended_early = early_stop.reason()  # a run that ended early does not train on when it is started again
     for each in pushes:
-        each.catch_up(checkpoint, step=start_step, rows=rows)
+        each.catch_up(checkpoint, step=start_step, rows=rows, ended=bool(ended_early))
 
     # ---- the loop ------------------------------------------------------------------------------------------
-    stop, bad_steps, early_stop = StopSignal(), BadSteps(recipe, rows), EarlyStop(recipe, rows)
+    stop, bad_steps = StopSignal(), BadSteps(recipe, rows)
     watchdog.step = start_step
     flops_per_token, peak_flops = estimates.speed_limits(raw, recipe.seq_len, world_size=world_size)
     batches, accumulation = data.loader.batches(start_step), data.loader.accumulation
@@ -150,15 +153,13 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
             log.write(step, kind, **values)
             if kind == "val":
                 early_stop.add(step, values["loss"])
-                if (best := early_stop.best) is not None:
-                    processes.on_main_process(accelerator, partial(folder.mark_best, best))
+                processes.on_main_process(accelerator, partial(folder.mark_best, early_stop.best))
 
     # Evaluate before the first step, so that what cannot work fails now. After a resume this is done already, unless
     # the run was stopped between its save and its evaluation.
     if not any(row["step"] == start_step and row["kind"] in ("val", "sample") for row in rows):
         evaluate(start_step)
     step = saved = start_step
-    ended_early = early_stop.reason()  # a run that ended early does not train on when it is started again
     for step in () if ended_early else range(start_step + 1, recipe.max_steps + 1):
         began = time.perf_counter()
         lr = lr_at(step - 1, recipe)  # the loop counts its steps from 1, the schedule and the data count from 0

@@ -47,7 +47,7 @@ def fields_for(files: list[str]) -> Words:
 
 def _read(path: Path) -> str:
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"--text {path} cannot be read ({error.strerror}): give a file of text") from None
     except UnicodeDecodeError as error:

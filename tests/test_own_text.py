@@ -123,6 +123,7 @@ def test_minutes_lower_the_steps_and_never_raise_them():
     assert (shorter.max_steps, shorter.max_minutes) == (120, 0.0)
     assert "120 of 1,000 steps, for about 2.0 of at most 2 minutes" in line
     assert within_minutes(recipe, 1e9)[0].max_steps == 1000
+    assert within_minutes(recipe, 4096 / TRAINING_SHARE, start_step=500)[0].max_steps == 620
     with pytest.raises(ValueError, match=r"max_minutes=2 leaves 5 steps: warmup_steps=10 leaves nothing"):
         within_minutes(recipe, 4096 / 24 / TRAINING_SHARE)
 

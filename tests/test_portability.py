@@ -29,7 +29,7 @@ for name in [*sys.modules]:
 sys.modules.update(dict.fromkeys({POSIX_MODULES}))
 for name in {POSIX_SIGNALS}:
     delattr(signal, name)
-for name in ("getppid", "sysconf", "fork", "killpg", "uname"):
+for name in ("getppid", "sysconf", "fork", "killpg", "uname", "pread"):
     delattr(os, name)
 for name in names:
     importlib.import_module(name)

@@ -130,6 +130,10 @@ class Dataset:
     eot_id: int
     parts: tuple["Dataset", ...] = ()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes: without the streams, which hold open files."""
+        return {name: value for name, value in self.__dict__.items() if name != "streams"}
+
     @cached_property
     def streams(self) -> dict[str, TokenStream]:
         splits = ((name, self.shards[name]) for name in SPLITS)
@@ -223,10 +227,20 @@ def _open_foreign(path: Path, layout: str, tokenizer: str | None) -> Dataset:
         info["splits"][name] = {"tokens": sum(shard.tokens for shard in shards[name]), "shards": records}
     fingerprint = hashlib.sha256(json.dumps(info).encode()).hexdigest()
     tokens = tokenizer_record(load_tokenizer(tokenizer))
+    if recorded and recorded != tokenizer:
+        _compare_tokenizers(path, recorded, tokenizer, tokens["tokenizer_sha256"])
     dataset = Dataset(str(path), shards, tokenizer, fingerprint, info, **tokens)
     if layout == "datatrove":
         _check_datatrove(dataset)
     return dataset
+
+
+def _compare_tokenizers(path: Path, recorded: str, named: str, sha256: str) -> None:
+    """Refuse a named tokenizer that is not the one that made the shards; one on the Hub is not fetched for this."""
+    if not Path(recorded).exists():
+        say(f"{path} was made with {recorded}; {named} is taken to be the same tokenizer")
+    elif tokenizer_sha256(recorded) != sha256:
+        raise ValueError(f"{path} was made with {recorded}, another tokenizer than {named}: leave the tokenizer out")
 
 
 def _check_datatrove(dataset: Dataset) -> None:

@@ -5,6 +5,7 @@
 """
 
 import os
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 SPLITS = ("train", "val")
+_SEEKING = threading.Lock()
 OPEN_FILES = 64  # shards kept open at once; 350B tokens are 3,500 shards, and a process may have 1,024 files open
 
 
@@ -37,6 +39,15 @@ class Shard:
         if size != expected:
             what = "longer than its header says" if size > expected else "truncated" if size else "missing"
             raise ValueError(f"{self.path} is {what}: {size:,} bytes, expected {expected:,}; copy or make it again")
+
+
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """`os.pread`, which Windows has not."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, size, offset)
+    with _SEEKING:  # another thread reads the same file
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, size)
 
 
 class TokenStream:
@@ -66,7 +77,7 @@ class TokenStream:
             part = min(count, shard.tokens - first)
             offset, size = shard.offset + first * shard.dtype.itemsize, part * shard.dtype.itemsize
             file = self._open(shard.path)  # held: the cache may drop and so close it for another thread
-            content = os.pread(file.fileno(), size, offset)
+            content = read_at(file.fileno(), size, offset)
             part = len(content) // shard.dtype.itemsize  # one read gives at most 2 GiB, on a network disk less
             if not part:
                 raise ValueError(f"{shard.path} ends early: it was cut after it was opened; copy it again")

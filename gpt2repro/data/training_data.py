@@ -52,7 +52,7 @@ class TrainingData:
             entries = f"the {dataset.vocab_size} entries of the dataset's tokenizer"
             raise ValueError(f"vocab_size={self.vocab_size} is smaller than {entries}: leave vocab_size out")
         masked = recipe.document_mask != "false"
-        self.share: dict[str, Any] = {
+        self.loader_options: dict[str, Any] = {
             "micro_batch_size": recipe.micro_batch_size, "vocab_size": self.vocab_size, "device": accelerator.device,
             "rank": accelerator.process_index, "world_size": accelerator.num_processes,
             "documents": Documents(self.eot_id, restart=recipe.document_mask == "restart") if masked else None,
@@ -69,12 +69,12 @@ class TrainingData:
         stream: Stream = MixtureStream(streams) if mixed else streams[0]
         order: Order = MixtureOrder(orders, mixed) if mixed else orders[0]
         sequences_per_step = recipe.global_batch_tokens // recipe.seq_len
-        self.loader = TrainLoader(stream, order, sequences_per_step=sequences_per_step, **self.share)
+        self.loader = TrainLoader(stream, order, sequences_per_step=sequences_per_step, **self.loader_options)
 
     def validation(self, source: Dataset) -> Iterator[Batch]:
         """This process's share of the validation windows of a source."""
         stream, recipe = source.split("val"), self.recipe
-        return validation_batches(stream, seq_len=recipe.seq_len, max_tokens=recipe.eval_tokens, **self.share)
+        return validation_batches(stream, seq_len=recipe.seq_len, max_tokens=recipe.eval_tokens, **self.loader_options)
 
     def tokens_seen(self, step: int) -> list[int]:
         """The tokens of each source that a run has trained on after `step` steps."""

@@ -97,7 +97,11 @@ def _download(mirror: Store, step: int, record: dict[str, Any], folder: RunFolde
             checkpoints.verify_checkpoint(aside)
         except ValueError as error:
             shutil.rmtree(aside)
-            raise Damaged(str(error).rpartition(": ")[0]) from None  # without the advice, which is for a run's folder
+            problem = str(error).rpartition(": ")[0]  # without the advice, which is for a run's folder
+            if each == step:
+                raise Damaged(problem) from None
+            say(f"warning: step {each} in {mirror.url}, the best one, is damaged and left out: {problem}")
+            continue
         found[each] = aside
     folder.take_in(found, record["files"], best=record["best"])
 
@@ -123,8 +127,8 @@ class MirrorPush(BackgroundPush):
     def is_due(self, step: int) -> bool:
         return True
 
-    def missed(self, step: int, rows: list[dict[str, Any]]) -> bool:
-        return step not in self._steps
+    def missed(self, step: int, rows: list[dict[str, Any]], *, ended: bool) -> bool:
+        return step not in self._steps or max(self._steps) > step  # a run that went back; its next copy deletes those
 
     def gather(self, checkpoint: Path, folder: Path) -> None:
         copies = folder / f"step-{step_of(checkpoint):08d}"

@@ -46,8 +46,11 @@ class BackgroundPush:
         """Whether the checkpoint of a step is to be pushed."""
         raise NotImplementedError
 
-    def missed(self, step: int, rows: list[dict[str, Any]]) -> bool:
-        """Whether a checkpoint up to `step` was due and did not arrive; `rows` are those of metrics.jsonl up to it."""
+    def missed(self, step: int, rows: list[dict[str, Any]], *, ended: bool) -> bool:
+        """Whether a checkpoint up to `step` was due and did not arrive; `rows` are those of metrics.jsonl up to it.
+
+        ended: the run ended early at `step`, so that one was due too.
+        """
         raise NotImplementedError
 
     def gather(self, checkpoint: Path, folder: Path) -> None:
@@ -58,9 +61,11 @@ class BackgroundPush:
         """The module that pushes `folder`, and its arguments."""
         raise NotImplementedError
 
-    def catch_up(self, checkpoint: Path | None, *, step: int, rows: list[dict[str, Any]]) -> None:
+    def catch_up(
+        self, checkpoint: Path | None, *, step: int, rows: list[dict[str, Any]], ended: bool = False
+    ) -> None:
         """Push the checkpoint that the run resumes from, if it missed one; not a checkpoint of another run."""
-        if checkpoint and checkpoint.parent == self._run_dir.resolve() and self.missed(step, rows):
+        if checkpoint and checkpoint.parent == self._run_dir.resolve() and self.missed(step, rows, ended=ended):
             self.submit(checkpoint)
 
     def submit(self, checkpoint: Path) -> None:
@@ -157,10 +162,10 @@ class HubPush(BackgroundPush):
     def is_due(self, step: int) -> bool:
         return step == self._last or bool(self._every and step % self._every == 0)
 
-    def missed(self, step: int, rows: list[dict[str, Any]]) -> bool:
+    def missed(self, step: int, rows: list[dict[str, Any]], *, ended: bool) -> bool:
         here = [row for row in rows if row["kind"] == self.kind and f"/{self.repo_id}/" in row.get("url", "")]
         pushed = max((row["checkpoint_step"] for row in here), default=0)
-        return any(self.is_due(due) for due in range(pushed + 1, step + 1))
+        return any(self.is_due(due) for due in range(pushed + 1, step + 1)) or (ended and pushed < step)
 
     def gather(self, checkpoint: Path, folder: Path) -> None:
         gather(checkpoint, folder, copy=link_or_copy)

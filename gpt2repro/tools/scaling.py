@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from configuration_gpt2repro import GPT2ReproConfig
+from gpt2repro.hub.initial import take_shape
 from gpt2repro.recipe import Recipe
 from gpt2repro.train.estimates import PEAK_FLOPS, USABLE, flops_per_token, memory_estimate
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -198,7 +199,8 @@ def main(argv: list[str] | None = None) -> int:
         if recipe is None:
             print_published()
         else:
-            print_table(recipe, arguments)
+            recipe.check()
+            print_table(take_shape(recipe, world_size=1), arguments)
 
     return command.run(work)
 

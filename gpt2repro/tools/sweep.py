@@ -23,7 +23,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -33,10 +32,11 @@ from matplotlib.figure import Figure
 
 from gpt2repro.data.training_data import open_recipe_dataset
 from gpt2repro.files import write_whole
-from gpt2repro.recipe import DEFINING_FIELDS, Recipe
+from gpt2repro.recipe import Recipe
 from gpt2repro.recipe_parser import parse_recipe, write_recipe
 from gpt2repro.run.checkpoints import verify_checkpoint
-from gpt2repro.run.folder import RunFolder
+from gpt2repro.run.folder import RunFolder, differences
+from gpt2repro.train.safety import EarlyStop
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train_accelerate.py"
 
@@ -64,7 +64,8 @@ def plan_runs(
     """Every run of every setting. `--set seed=…` gives the seeds, else there are `seeds` from the recipe's on.
 
     Raises:
-        UsageError: what `grid` and `parse_recipe` refuse, a field that is the sweep's own, two runs of one folder.
+        UsageError: what `grid` and `parse_recipe` refuse, a field that is the sweep's own, two runs of one folder, or
+            runs that cannot be compared.
     """
     for word in (*fields, *(f"--{setting}" for setting in settings)):
         if word.split("=")[0].replace("-", "_") in ("__output_dir", "__recipe"):
@@ -84,6 +85,10 @@ def plan_runs(
             flags = [word for field, value in values.items() for word in (f"--{field}", value)]
             recipe = parse_recipe(base + flags, default=path)
             recipe.check()
+            if place := recipe.hub_repo_id or recipe.mirror_url():
+                raise command.UsageError(f"every run would push to {place}: leave hub_repo_id and mirror out")
+            if recipe.max_minutes:
+                raise command.UsageError("max_minutes gives every run other steps: give max_steps")
             yield setting, recipe
 
 
@@ -91,10 +96,10 @@ def is_finished(recipe: Recipe) -> bool:
     """Whether `output_dir` holds the last step of this recipe. The script refuses the folder of another recipe."""
     folder = RunFolder(recipe.output_dir)
     newest, record = folder.find_checkpoint("auto"), folder.record()
-    if newest is None or record is None or verify_checkpoint(newest)["step"] != recipe.max_steps:
+    if newest is None or record is None or record["recipe"]["dataset_dir"] != list(recipe.dataset_dir):
         return False
-    wanted = json.loads(json.dumps(asdict(recipe)))  # as in the record, where tuples are lists
-    return all(record["recipe"].get(name) == wanted[name] for name in (*DEFINING_FIELDS, "dataset_dir"))
+    ended = verify_checkpoint(newest)["step"] == recipe.max_steps or EarlyStop(recipe, folder.rows()).reason()
+    return bool(ended) and not differences(record, recipe, record["dataset"])
 
 
 def run(recipe: Recipe, jobs: int = 1) -> None:

@@ -155,17 +155,17 @@ def tokens_per_second(backward: Callable[[list], torch.Tensor], batch: dict[str,
     return timed * input_ids.numel() / (time.perf_counter() - began)
 
 
-def within_minutes(recipe: Recipe, speed: float) -> tuple[Recipe, str]:
+def within_minutes(recipe: Recipe, speed: float, *, start_step: int = 0) -> tuple[Recipe, str]:
     """The recipe with the steps that fit into its `max_minutes`, at most `max_steps`, and a line that says so.
 
-    speed: tokens a second of forward and backward, over all processes.
+    speed: tokens a second of forward and backward, over all processes. start_step: where the run begins.
 
     Raises:
         ValueError: so few steps that the recipe contradicts itself.
     """
     tokens = TRAINING_SHARE * speed * 60 * recipe.max_minutes
-    steps = min(recipe.max_steps, max(int(tokens / recipe.global_batch_tokens), 1))
-    minutes = recipe.max_minutes * steps * recipe.global_batch_tokens / tokens
+    steps = min(recipe.max_steps, start_step + max(int(tokens / recipe.global_batch_tokens), 1))
+    minutes = recipe.max_minutes * (steps - start_step) * recipe.global_batch_tokens / tokens
     shorter = replace(recipe, max_steps=steps, max_minutes=0.0)
     try:
         shorter.check()

@@ -1,6 +1,7 @@
 """Token shards: one stream from many files, foreign formats in place, and errors for damaged files."""
 
 import json
+import pickle
 import shutil
 import time
 from collections.abc import Callable
@@ -25,6 +26,12 @@ def test_many_shards_read_as_one_circular_stream(write_dataset: Callable[..., Pa
         assert np.array_equal(stream.read(start, count), IDS[(start + np.arange(count)) % 4321])
 
 
+def test_a_stream_reads_the_same_where_files_have_no_pread(write_dataset: Callable[..., Path], monkeypatch) -> None:
+    monkeypatch.delattr("os.pread")  # Windows
+    stream = open_dataset(write_dataset(IDS)).split("train")
+    assert np.array_equal(stream.read(4000, 900), np.resize(IDS, 9000)[4000:4900])
+
+
 def test_shards_are_npy_files_that_numpy_reads(write_dataset: Callable[..., Path]) -> None:
     folder = write_dataset(IDS)
     assert np.array_equal(np.concatenate([np.load(path) for path in sorted(folder.glob("train-*.npy"))]), IDS)
@@ -43,6 +50,7 @@ def test_several_folders_are_one_stream_per_split(write_dataset: Callable[..., P
     assert np.array_equal(both.split("train").read(1490, 20), IDS[1490:1510])
     assert both.split("train").tokens == 4321
     assert both.split("val").tokens == 10
+    assert pickle.loads(pickle.dumps(both)).split("val").tokens == 10  # as other processes get it
     assert both.fingerprint not in (open_dataset(one).fingerprint, open_dataset([two, one]).fingerprint)
 
 
@@ -228,6 +236,14 @@ def test_datatroves_folders_name_the_split_where_its_files_do_not(tmp_path: Path
     assert {name: stream.tokens for name, stream in dataset.streams.items()} == {"train": 1000, "val": 10}
     alone = open_dataset(tmp_path / "tokenised", tokenizer=str(dataset_folder))
     assert list(alone.streams) == ["train"]
+
+
+def test_another_tokenizer_than_the_one_that_datatrove_recorded_is_refused(
+    tmp_path: Path, dataset_folder: Path, tiny_dataset: Path
+) -> None:
+    write_ds(tmp_path / "train.ds", IDS % 512, tokenizer=str(tiny_dataset / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"another tokenizer than .*: leave the tokenizer out"):
+        open_dataset(tmp_path, tokenizer=str(dataset_folder))
 
 
 def test_datatroves_ids_are_of_the_size_that_their_tokenizer_needs(tmp_path: Path, dataset_folder: Path) -> None:

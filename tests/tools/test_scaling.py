@@ -2,10 +2,12 @@
 
 import pytest
 
+from configuration_gpt2repro import GPT2ReproConfig
 from gpt2repro.command import USAGE
 from gpt2repro.recipe import Recipe
 from gpt2repro.tools.scaling import CARDS, PUBLISHED, Setup, main, model_of, predict, predict_published
 from gpt2repro.train.estimates import PEAK_FLOPS
+from modeling_gpt2repro import GPT2ReproForCausalLM
 from tests.conftest import ROOT
 
 RECIPE = Recipe(model="gpt2", seq_len=1024, global_batch_tokens=2**19, micro_batch_size=64)
@@ -51,6 +53,13 @@ def test_the_table_has_every_number_of_cards_and_says_what_does_not_divide(capsy
     hours, dollars = float(rows[0][10]), float(rows[0][11].rstrip(" |"))
     assert dollars == pytest.approx(hours * 8 * 2, abs=1)
     assert rows[0][2] == "16" and rows[3][2] == "1*"  # one sequence a card: fewer tokens than the efficiency is for
+
+
+def test_the_table_of_a_run_from_a_checkpoint_is_of_its_shape(tmp_path, capsys):
+    GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=1, n_head=1, n_embd=8, n_positions=64)).save_pretrained(tmp_path)
+    recipe = str(ROOT / "recipes" / "demo.yaml")
+    assert main([recipe, "--gpus", "1", "--model", "init_from", "--init_from", str(tmp_path), "--seq_len", "64"]) == 0
+    assert f"{50257 * 8 + 64 * 8 + 16 + 12 * 64 + 9 * 8 + 4 * 8:,} parameters" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [[], ["--published", "--card", "A100"], ["R.yaml", "--efficiency", "53"]])

@@ -144,6 +144,9 @@ def test_every_run_has_a_folder_of_its_own_name_inside_the_output():
         (["../x=1"], "unknown flag"),
         (["output_dir=a,b"], "--output_dir=a,b cannot be set"),
         (["output-dir=a,b"], "--output-dir=a,b cannot be set"),
+        (["hub_repo_id=me/x"], "every run would push to me/x"),
+        (["mirror=file:///x"], "every run would push to file:///x"),
+        (["max_minutes=3"], "max_minutes gives every run other steps"),
     ],
 )
 def test_a_setting_that_names_no_runs_or_one_twice_is_refused(words, problem):
