@@ -89,6 +89,7 @@ REFUSED = {
         ["run/latest", "--repo-id", "me/model", "--dry-run", "new", "--license", ""],
     ],
     "doctor": [["nowhere.yaml"], ["broken.yaml"]],
+    "scaling": [["nowhere.yaml"], ["recipe.yaml", "--micro_batch_size", "3"], ["recipe.yaml", "--gpus", "0"]],
     "report": [["nowhere"], ["thesis"], ["run", "--output", "text.txt"], ["run", "--html", "piqa.jsonl"]],
     "sweep": [
         ["recipe.yaml", "--set", "beta1=2", "--output", "new"],
