@@ -87,7 +87,8 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
     recipe = processes.on_main_process(accelerator, lambda: folder.with_its_steps(recipe))
     processes.on_main_process(accelerator, lambda: folder.check(recipe, **facts))
     if recipe.mirror_url():
-        recipe = processes.on_main_process(accelerator, lambda: mirror.restore(folder, recipe, dataset=data.facts()))
+        restore = partial(mirror.restore, folder, recipe, dataset=facts["dataset"])
+        recipe = processes.on_main_process(accelerator, restore)
     compiled = compile_in_place(raw, recipe, accelerator)
     model, optimizer = accelerator.prepare(raw, make_optimizer(raw, recipe))
 
@@ -123,7 +124,6 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
         if recipe.mirror_url():
             pushes.insert(0, mirror.MirrorPush(recipe, folder))
         folder.resume_from(checkpoint, step=start_step)
-        folder.mark_best(EarlyStop(recipe, folder.rows(up_to=start_step)).best)
         log = folder.open_metrics(recipe, step=start_step)
 
     processes.on_main_process(accelerator, take_folder)
@@ -134,6 +134,12 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
     log.show(checked)
     early_stop = EarlyStop(recipe, rows)
     ended_early = early_stop.reason()  # a run that ended early does not train on when it is started again
+
+    def mark_best() -> None:
+        if early_stop.best is not None:
+            processes.on_main_process(accelerator, partial(folder.mark_best, early_stop.best))
+
+    mark_best()  # a kill may have come between a validation and this
     for each in pushes:
         each.catch_up(checkpoint, step=start_step, rows=rows, ended=bool(ended_early))
 
@@ -153,7 +159,7 @@ def train(recipe: Recipe, watchdog: Watchdog) -> int:
             log.write(step, kind, **values)
             if kind == "val":
                 early_stop.add(step, values["loss"])
-                processes.on_main_process(accelerator, partial(folder.mark_best, early_stop.best))
+                mark_best()
 
     # Evaluate before the first step, so that what cannot work fails now. After a resume this is done already, unless
     # the run was stopped between its save and its evaluation.

@@ -218,9 +218,9 @@ class RunFolder:
         """Make `checkpoint`, of step `step`, the newest of the run; see `checkpoints.resume_from`."""
         checkpoints.resume_from(self.path, checkpoint, step=step)
 
-    def mark_best(self, step: int | None) -> None:
+    def mark_best(self, step: int) -> None:
         """Make `best` mean the checkpoint of step `step`; before the first save there is none to mean."""
-        if step is not None and (checkpoint := self.root / f"step-{step:08d}").is_dir():
+        if (checkpoint := self.root / f"step-{step:08d}").is_dir():
             link_to(checkpoint, self.root / "best")
 
     @property
