@@ -3,7 +3,6 @@
 import os
 import shlex
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -99,17 +98,16 @@ def open_data(recipe: Recipe, accelerator: Accelerator) -> TrainingData:
         ValueError: what is missing, damaged, too small, or made from another source or with another tokenizer.
     """
 
-    def opened() -> dict[str, Any]:
+    def opened() -> Dataset:
         _prepare_if_missing(recipe, world_size=accelerator.num_processes)
-        dataset = open_recipe_dataset(recipe)
-        return {field.name: getattr(dataset, field.name) for field in fields(dataset)}
+        return open_recipe_dataset(recipe)
 
-    found = on_main_process(accelerator, opened)
+    dataset = on_main_process(accelerator, opened)
 
     def opened_here() -> TrainingData:
-        for shard in (shard for name in SPLITS for shard in found["shards"][name]):
+        for shard in (shard for name in SPLITS for shard in dataset.shards[name]):
             shard.check()
-        return TrainingData(recipe, Dataset(**found), accelerator)
+        return TrainingData(recipe, dataset, accelerator)
 
     return on_every_process(opened_here)
 
